@@ -1,0 +1,80 @@
+"""The books: every line read is counted under exactly one outcome. The closed list of names lives here and nowhere else.
+
+Pure counting; never reads, writes or logs. The books balance when
+
+    lines = billed + skipped (by reason) + dead-lettered (by reason)
+
+Names appear unchanged in the checkpoint, in `status --json` and in `map`'s summary.
+"""
+
+from collections import Counter
+from enum import StrEnum
+
+SKIPPED = "skipped."
+DEAD_LETTERS = "dead_letters."
+
+
+class Count(StrEnum):
+    """What is counted beside the reasons. `lines` and `billed` are part of the balance, the others tell more."""
+
+    LINES = "lines"  # lines read, whatever became of them
+    BILLED = "billed"  # entries that became at least one usage event
+    EVENTS = "events"  # usage events
+    TOKENS_REQUEST = "tokens.request"  # input tokens in those events
+    TOKENS_RESPONSE = "tokens.response"  # output tokens in those events
+    FAILED_AI_CALLS = "calls.failed_ai_call"  # failed AI calls whose estimated tokens were not billed
+    HASHED_IDS = "ids.hashed"  # billed entries without a request id (Kong before 3.5): id from a hash of the entry
+
+
+class Skip(StrEnum):
+    """Why an entry was not billed, on purpose."""
+
+    BLANK_LINE = "blank_line"
+    NO_SUBJECT = "no_subject"  # nobody to bill: no consumer, header or query parameter where the rule looks
+    NO_USAGE = "no_usage"  # nothing the rules meter, for instance a plain request where only AI usage is metered
+    FAILED_AI_CALL = "failed_ai_call"  # only an estimate of a failed AI call (status >= 400, no output)
+    STREAM_SESSION = "stream_session"  # a TCP or TLS session of Kong's stream mode: no request in it
+
+
+class Dead(StrEnum):
+    """Why a line was kept aside until a person acts."""
+
+    NOT_JSON = "not_json"
+    NOT_AN_ENTRY = "not_an_entry"
+    LINE_TOO_LONG = "line_too_long"
+    BAD_STARTED_AT = "bad_started_at"
+    BAD_TOKEN_COUNT = "bad_token_count"
+    BAD_SUBJECT = "bad_subject"
+    NO_SUBJECT = "no_subject"  # with on_missing_subject = "dead_letter"
+
+
+class Books(Counter[str]):
+    """Counts by name; adding two books is `update`."""
+
+    def skip(self, reason: Skip) -> None:
+        """Count one line as not billed on purpose."""
+        self[SKIPPED + reason] += 1
+
+    def dead_letter(self, reason: Dead) -> None:
+        """Count one line as kept aside."""
+        self[DEAD_LETTERS + reason] += 1
+
+    def by_reason(self, prefix: str) -> dict[str, int]:
+        """Counts below `prefix` (`SKIPPED` or `DEAD_LETTERS`), by reason, most frequent first."""
+        found = {name.removeprefix(prefix): n for name, n in self.items() if n and name.startswith(prefix)}
+        return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+    @property
+    def skipped(self) -> int:
+        """Lines not billed on purpose."""
+        return sum(self.by_reason(SKIPPED).values())
+
+    @property
+    def dead_letters(self) -> int:
+        """Lines kept aside."""
+        return sum(self.by_reason(DEAD_LETTERS).values())
+
+    @property
+    def balanced(self) -> bool:
+        """Whether every line read has exactly one outcome."""
+        return self[Count.LINES] == self[Count.BILLED] + self.skipped + self.dead_letters

@@ -1,0 +1,363 @@
+"""The configuration: its keys, their defaults, and how a file and the environment become one checked value.
+
+The single list of options. Never reads what a token file holds (see `openmeter.Token`) and never shows a secret.
+"""
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from metershipper.errors import ConfigError
+
+ENV_PREFIX = "METERSHIPPER_"
+ENV_DELIMITER = "__"
+# Kong logs these two headers as "REDACTED" (kong/pdk/log.lua, all versions from 2.1).
+REDACTED_HEADERS = frozenset({"authorization", "proxy-authorization"})
+# The `data` properties of both usage events; an attribute may not take the place of one of them.
+DATA_PROPERTIES = frozenset(
+    "request_method request_host request_size_bytes response_http_status response_size_bytes upstream_status route_id "
+    "route_name service_id service_name service_port service_protocol subject_type client_ip request_uri "
+    "request_user_agent tokens type model request_model response_model provider ai_plugin_id ai_plugin_name "
+    "api_request_id cache_status http_status".split()
+)
+# Sections of the contract that this version does not serve yet: refused, so that nobody waits for what never comes.
+NOT_YET = {
+    "inputs.http_log": "receiving Kong's http-log is not part of this version: have Kong write a file-log and follow it",
+    "admin": "metrics and health are not part of this version: use `metershipper status --json`",
+    "metering.rules": "scoped rules are not part of this version: [metering] holds for all entries",
+}
+
+PositiveSeconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Batch(_Section):
+    """What one POST may carry: it is sent when the first of these is reached."""
+
+    max_events: int = Field(500, gt=0, le=10_000)
+    max_bytes: int = Field(1_000_000, ge=1_000, le=100_000_000)
+    max_wait_seconds: PositiveSeconds = 1.0
+
+
+class Retry(_Section):
+    """Waiting between tries: exponential with full jitter. There is no give-up: usage is money."""
+
+    initial_delay_seconds: PositiveSeconds = 0.5
+    max_delay_seconds: PositiveSeconds = 60.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Retry":
+        if self.max_delay_seconds < self.initial_delay_seconds:
+            raise ValueError("max_delay_seconds is below initial_delay_seconds")
+        return self
+
+
+class OpenMeter(_Section):
+    """Where usage events go, and how."""
+
+    ingest_endpoint: str | None = None
+    api_token: SecretStr | None = None
+    api_token_file: Path | None = None
+    timeout_seconds: PositiveSeconds = 10.0
+    ssl_verify: bool = True
+    ca_file: Path | None = None
+    max_in_flight: int = Field(4, gt=0, le=64)
+    batch: Batch = Batch()
+    retry: Retry = Retry()
+
+    @field_validator("ingest_endpoint")
+    @classmethod
+    def _checked_endpoint(cls, url: str | None) -> str | None:
+        return url if url is None else _checked_url(url)
+
+    @field_validator("api_token")
+    @classmethod
+    def _checked_token(cls, token: SecretStr | None) -> SecretStr | None:
+        if token is not None and not is_token(token.get_secret_value()):
+            raise ValueError("a token is one line of printable ASCII without spaces")
+        return token
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> "OpenMeter":
+        if self.api_token is not None and self.api_token_file is not None:
+            raise ValueError("api_token and api_token_file are both set; keep one")
+        if self.ca_file is not None and not self.ssl_verify:
+            raise ValueError("ca_file has no meaning with ssl_verify = false; remove one")
+        return self
+
+
+class FileInput(_Section):
+    """A log file to follow, or a glob."""
+
+    path: str = Field(min_length=1)
+    read_from: Literal["beginning", "end"] = "beginning"
+
+    @field_validator("path")
+    @classmethod
+    def _checked_path(cls, path: str) -> str:
+        if "\0" in path:
+            raise ValueError("a path can't hold a NUL character")
+        if path.endswith((".gz", ".zst")):
+            raise ValueError("a compressed file does not grow; follow the log Kong writes")
+        return path
+
+
+class Inputs(_Section):
+    """Where entries come from."""
+
+    files: tuple[FileInput, ...] = ()
+
+    @field_validator("files")
+    @classmethod
+    def _distinct(cls, files: tuple[FileInput, ...]) -> tuple[FileInput, ...]:
+        paths = [file.path for file in files]
+        repeated = sorted({path for path in paths if paths.count(path) > 1})
+        if repeated:
+            raise ValueError(f"path {repeated[0]!r} stands twice")
+        return files
+
+
+class State(_Section):
+    """Where positions, books and dead letters are kept: one directory for one process."""
+
+    directory: Path = Path("/var/lib/metershipper")
+
+
+class Subject(_Section):
+    """Who is billed. Without `field` a consumer is `consumer:<id>`, as Kong's own plugin names it."""
+
+    look_up_value_in: Literal["consumer", "application", "header", "query"] = "consumer"
+    field: str | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _checked_field(self) -> "Subject":
+        where, field = self.look_up_value_in, self.field
+        if where == "consumer" and field not in (None, "username", "custom_id", "id"):
+            raise ValueError(f"field {field!r} is not known for a consumer; use username, custom_id or id, or leave it out")
+        if where == "application" and field is not None:
+            raise ValueError("field has no meaning with look_up_value_in = 'application'; remove it")
+        if where in ("header", "query") and field is None:
+            raise ValueError(f"field is missing: the name of the {where} to look in")
+        if where == "header":
+            _refuse_redacted(str(field))
+        return self
+
+
+class Attribute(_Section):
+    """An extra dimension: a header or query parameter of the request as a property of `data`."""
+
+    source: Literal["header", "query"]
+    look_up_value_in: str = Field(min_length=1)
+    event_property_name: str = Field(min_length=1, pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*$")
+
+    @model_validator(mode="after")
+    def _checked_names(self) -> "Attribute":
+        if self.source == "header":
+            _refuse_redacted(self.look_up_value_in)
+        if self.event_property_name in DATA_PROPERTIES:
+            raise ValueError(f"event_property_name {self.event_property_name!r} is a built-in property; choose another")
+        return self
+
+
+class Metering(_Section):
+    """What is metered and how; the names are those of Kong's metering-and-billing plugin."""
+
+    source: str = Field("kong", min_length=1, pattern=r"^[A-Za-z0-9._~:/@!$&'()*+,;=%?#-]+$")
+    meter_api_requests: bool = True
+    meter_ai_token_usage: bool = True
+    on_missing_subject: Literal["skip", "dead_letter"] = "skip"
+    emit_zero_tokens: bool = False
+    meter_failed_ai_calls: bool = False
+    personal_fields: frozenset[Literal["client_ip", "request_uri", "request_user_agent"]] = frozenset()
+    subject: Subject = Subject()
+    attributes: tuple[Attribute, ...] = ()
+
+    @model_validator(mode="after")
+    def _checked_as_a_whole(self) -> "Metering":
+        if not self.meter_api_requests and not self.meter_ai_token_usage:
+            raise ValueError("nothing would be metered: set meter_api_requests or meter_ai_token_usage to true")
+        names = [attribute.event_property_name for attribute in self.attributes]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"two attributes are named {repeated[0]!r}")
+        return self
+
+
+class Config(BaseSettings):
+    """The whole configuration, frozen. Every key has a default, so that `map` works with no file at all."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_nested_delimiter=ENV_DELIMITER, extra="forbid", frozen=True
+    )
+
+    openmeter: OpenMeter = OpenMeter()
+    inputs: Inputs = Inputs()
+    state: State = State()
+    metering: Metering = Metering()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment wins over the file; there are no other sources."""
+        return env_settings, init_settings
+
+
+def load_config(path: Path | None) -> Config:
+    """The configuration of the file at `path` (None: no file) and the environment, checked.
+
+    Raises: ConfigError with one line a problem: the file or variable, the key, what is wrong, what to do.
+    """
+    values = _read_toml(path) if path is not None else {}
+    where = str(path) if path is not None else "configuration"
+    problems = _not_yet(values, where) + _unknown_variables(os.environ)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    try:
+        return Config(**values)
+    except ValidationError as error:
+        lines = [_problem(dict(detail), where) for detail in error.errors(include_url=False)]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+    except ValueError as error:  # pydantic-settings: a list or table given by environment is not JSON
+        raise ConfigError(f"environment: {_setting_name(error)} is not valid JSON; lists and tables are given as JSON") from None
+
+
+def require_for_run(config: Config, where: str) -> None:
+    """Raise `ConfigError` unless there is something to read and somewhere to send it."""
+    if not config.inputs.files:
+        raise ConfigError(f'{where}: no input; add [[inputs.files]] with path = "/var/log/kong/usage.log"')
+    endpoint_of(config, where)
+
+
+def endpoint_of(config: Config, where: str) -> str:
+    """The ingest endpoint, or `ConfigError` when there is none."""
+    if config.openmeter.ingest_endpoint is None:
+        raise ConfigError(
+            f"{where}: openmeter.ingest_endpoint is missing; for a local OpenMeter it is "
+            '"http://127.0.0.1:8888/api/v1/events", for Konnect "https://us.api.konghq.com/v3/openmeter/events"'
+        )
+    return config.openmeter.ingest_endpoint
+
+
+def is_token(text: str) -> bool:
+    """Whether `text` can stand in an Authorization header: one word of printable ASCII."""
+    return bool(re.fullmatch(r"[\x21-\x7e]+", text))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; name one with -c, or copy config.example.toml") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text; a configuration is TOML") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def _not_yet(values: Mapping[str, Any], where: str) -> list[str]:
+    def stands(key: str) -> bool:
+        table: Any = values
+        for part in key.split("."):
+            if not isinstance(table, Mapping) or part not in table:
+                return False
+            table = table[part]
+        return True
+
+    return [f"{where}: {key}: {reason}" for key, reason in NOT_YET.items() if stands(key)]
+
+
+def _unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """Variables of ours that name no section.
+
+    Without the delimiter they are left alone: Kubernetes sets METERSHIPPER_PORT and the like for a service of our name.
+    """
+    sections = sorted(Config.model_fields)
+    ours = [name for name in environment if name.startswith(ENV_PREFIX) and ENV_DELIMITER in name]
+    unknown = [n for n in ours if n.removeprefix(ENV_PREFIX).split(ENV_DELIMITER)[0].lower() not in sections]
+    return [f"environment: {name}: unknown section; known are {', '.join(sections)}" for name in sorted(unknown)]
+
+
+def _problem(detail: dict[str, Any], where: str) -> str:
+    location: tuple[Any, ...] = detail["loc"]
+    key = ".".join(str(part) for part in location)
+    variable = ENV_PREFIX + ENV_DELIMITER.join(str(part).upper() for part in location if not isinstance(part, int))
+    origin = f"environment variable {variable}" if _in_environment(variable) else where
+    if detail["type"] == "extra_forbidden":
+        return f"{origin}: {key}: unknown key{_suggestion(location)}"
+    # Only numbers and the words of a closed list are repeated: any other input might be a secret in the wrong place.
+    given, listed = detail["input"], detail["type"] == "literal_error"
+    shown = f" (it is {given!r})" if isinstance(given, int | float) or (listed and isinstance(given, str)) else ""
+    message = str(detail["msg"]).removeprefix("Value error, ").replace("Input should", "should", 1)
+    return f"{origin}: {key}: {message}{shown}"
+
+
+def _in_environment(variable: str) -> bool:
+    return variable in {name.upper() for name in os.environ}
+
+
+def _suggestion(location: tuple[Any, ...]) -> str:
+    model: Any = Config
+    for part in location[:-1]:
+        if not isinstance(part, int):
+            model = _model_of(model, str(part))
+    known = sorted(model.model_fields)
+    close = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known here are {', '.join(known)}"
+
+
+def _model_of(model: Any, field: str) -> Any:
+    annotation = model.model_fields[field].annotation
+    return next((arg for arg in getattr(annotation, "__args__", ()) if hasattr(arg, "model_fields")), annotation)
+
+
+def _setting_name(error: ValueError) -> str:
+    named = re.search(r'"([a-z_]+)"', str(error))
+    return ENV_PREFIX + named[1].upper() + "…" if named else "a variable"
+
+
+def _checked_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        port_is_valid = parts.port is None or parts.port > 0
+    except ValueError as error:
+        raise ValueError(f"not a URL: {error}") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_valid:
+        raise ValueError("not an http:// or https:// URL")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("holds credentials; put the token into api_token_file instead")
+    if "{" in url:
+        raise ValueError("still holds a {placeholder}; write the region, for instance us or eu")
+    if parts.query or parts.fragment:
+        raise ValueError("holds a query or a fragment; an ingest endpoint has none")
+    if not parts.path.rstrip("/").endswith("/events") or parts.path.endswith("/"):
+        raise ValueError(
+            "does not end in /events; OpenMeter's paths are /api/v1/events, /api/v3/openmeter/events, "
+            "and /v3/openmeter/events on Konnect"
+        )
+    return url
+
+
+def _refuse_redacted(header: str) -> None:
+    if header.lower() in REDACTED_HEADERS:
+        raise ValueError(f'Kong logs the header {header!r} as "REDACTED" for every request; choose another')
+
+

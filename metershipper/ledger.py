@@ -1,0 +1,75 @@
+"""Decides what may be committed: positions only over settled spans, counts only of settled spans. Pure; no I/O.
+
+The order of the world is accepted, then acknowledged, then checkpointed. This is its middle: acknowledgements come in
+any order, and what leaves here is, file by file, the highest contiguous settled position together with the sum of
+exactly the spans below it. The checkpoint writes each `Settled` in one transaction. So a crash can only lose what was
+never counted, and what is counted is settled.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from metershipper.batcher import Batch, Span
+from metershipper.books import Books
+from metershipper.mapper import DeadLetter
+
+
+@dataclass(slots=True)
+class Settled:
+    """New ground of one file: everything before `end_offset` is settled; books and dead letters are what that adds."""
+
+    file_id: int
+    end_offset: int
+    tail: bytes
+    books: Books = field(default_factory=Books)
+    dead_letters: list[DeadLetter] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Ledger:
+    """The spans on their way, file by file, in the order in which they were read."""
+
+    _open: dict[int, deque[Span]] = field(default_factory=dict)
+
+    def opened(self, span: Span) -> None:
+        """A span was read: its file's position waits for it from now on."""
+        self._open.setdefault(span.file_id, deque()).append(span)
+
+    def acknowledged(self, batch: Batch) -> None:
+        """The server accepted `batch`."""
+        for span, events in batch.shares:
+            span.unsettled -= events
+
+    def take_settled(self) -> list[Settled]:
+        """What became settled since the last call, one item a file; the caller must commit it."""
+        settled = [ground for file_id, spans in self._open.items() if (ground := _settled_ground(file_id, spans))]
+        self._open = {file_id: spans for file_id, spans in self._open.items() if spans}
+        return settled
+
+    @property
+    def unsettled_events(self) -> int:
+        """Events read and mapped, but not yet acknowledged."""
+        return sum(span.unsettled for spans in self._open.values() for span in spans)
+
+
+def _settled_ground(file_id: int, spans: deque[Span]) -> Settled | None:
+    ground: Settled | None = None
+    while spans and spans[0].unsettled == 0:
+        span = spans.popleft()
+        ground = ground or Settled(file_id, 0, b"")
+        ground.end_offset, ground.tail = span.end_offset, span.tail
+        ground.books.update(span.books)
+        ground.dead_letters += span.dead_letters
+    return ground
+
+
+def merge(earlier: Iterable[Settled], later: Iterable[Settled]) -> list[Settled]:
+    """Two lots of settled ground as one, for a commit that could not be written yet."""
+    merged: dict[int, Settled] = {}
+    for ground in (*earlier, *later):
+        known = merged.setdefault(ground.file_id, Settled(ground.file_id, 0, b""))
+        known.end_offset, known.tail = ground.end_offset, ground.tail
+        known.books.update(ground.books)
+        known.dead_letters += ground.dead_letters
+    return list(merged.values())
