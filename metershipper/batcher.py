@@ -15,7 +15,7 @@ _encode = msgspec.json.Encoder().encode
 class Span:
     """A contiguous range of one file's lines, mapped together: the unit of settling.
 
-    It is settled when none of its events is unsettled. `end_offset` is in bytes, after the last line: safe to resume at.
+    It is settled when none of its events is unsettled. `end_offset`: bytes, after the last line, safe to resume at.
     """
 
     file_id: int
@@ -105,9 +105,7 @@ def encode_batches(events: list[UsageEvent], shares: list[tuple[Span, int]], max
     return encode_batches(events[:half], first, max_bytes) + encode_batches(events[half:], second, max_bytes)
 
 
-def split_shares(
-    shares: list[tuple[Span, int]], count: int
-) -> tuple[list[tuple[Span, int]], list[tuple[Span, int]]]:
+def split_shares(shares: list[tuple[Span, int]], count: int) -> tuple[list[tuple[Span, int]], list[tuple[Span, int]]]:
     """The shares of the first `count` events, and those of the others."""
     first: list[tuple[Span, int]] = []
     second: list[tuple[Span, int]] = []

@@ -1,4 +1,4 @@
-"""The books: every line read is counted under exactly one outcome. The closed list of names lives here and nowhere else.
+"""The books: every line read is counted under exactly one outcome. The closed list of names lives here alone.
 
 Pure counting; never reads, writes or logs. The books balance when
 

@@ -21,16 +21,21 @@ ENV_PREFIX = "METERSHIPPER_"
 ENV_DELIMITER = "__"
 # Kong logs these two headers as "REDACTED" (kong/pdk/log.lua, all versions from 2.1).
 REDACTED_HEADERS = frozenset({"authorization", "proxy-authorization"})
-# The `data` properties of both usage events; an attribute may not take the place of one of them.
-DATA_PROPERTIES = frozenset(
-    "request_method request_host request_size_bytes response_http_status response_size_bytes upstream_status route_id "
-    "route_name service_id service_name service_port service_protocol subject_type client_ip request_uri "
-    "request_user_agent tokens type model request_model response_model provider ai_plugin_id ai_plugin_name "
-    "api_request_id cache_status http_status".split()
-)
+# The `data` properties of the two usage events, in the order in which the mapper fills them; an attribute may not
+# take the place of one of them.
+API_FIELDS = (
+    "request_method", "request_host", "request_size_bytes", "response_http_status", "response_size_bytes",
+    "upstream_status", "route_id", "route_name", "service_id", "service_name", "service_port", "service_protocol",
+    "subject_type", "client_ip", "request_uri", "request_user_agent",
+)  # fmt: skip
+LLM_FIELDS = (
+    "tokens", "type", "model", "request_model", "response_model", "provider", "ai_plugin_id", "ai_plugin_name",
+    "api_request_id", "cache_status", "http_status", "route_id", "route_name", "service_id", "service_name",
+    "subject_type",
+)  # fmt: skip
 # Sections of the contract that this version does not serve yet: refused, so that nobody waits for what never comes.
 NOT_YET = {
-    "inputs.http_log": "receiving Kong's http-log is not part of this version: have Kong write a file-log and follow it",
+    "inputs.http_log": "receiving Kong's http-log is not part of this version: follow a file-log instead",
     "admin": "metrics and health are not part of this version: use `metershipper status --json`",
     "metering.rules": "scoped rules are not part of this version: [metering] holds for all entries",
 }
@@ -144,7 +149,9 @@ class Subject(_Section):
     def _checked_field(self) -> "Subject":
         where, field = self.look_up_value_in, self.field
         if where == "consumer" and field not in (None, "username", "custom_id", "id"):
-            raise ValueError(f"field {field!r} is not known for a consumer; use username, custom_id or id, or leave it out")
+            raise ValueError(
+                f"field {field!r} is not known for a consumer; use username, custom_id or id, or leave it out"
+            )
         if where == "application" and field is not None:
             raise ValueError("field has no meaning with look_up_value_in = 'application'; remove it")
         if where in ("header", "query") and field is None:
@@ -165,7 +172,7 @@ class Attribute(_Section):
     def _checked_names(self) -> "Attribute":
         if self.source == "header":
             _refuse_redacted(self.look_up_value_in)
-        if self.event_property_name in DATA_PROPERTIES:
+        if self.event_property_name in API_FIELDS + LLM_FIELDS:
             raise ValueError(f"event_property_name {self.event_property_name!r} is a built-in property; choose another")
         return self
 
@@ -235,7 +242,7 @@ def load_config(path: Path | None) -> Config:
         lines = [_problem(dict(detail), where) for detail in error.errors(include_url=False)]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
     except ValueError as error:  # pydantic-settings: a list or table given by environment is not JSON
-        raise ConfigError(f"environment: {_setting_name(error)} is not valid JSON; lists and tables are given as JSON") from None
+        raise ConfigError(f"environment: {_setting_name(error)}: not valid JSON, as lists and tables must be") from None
 
 
 def require_for_run(config: Config, where: str) -> None:
@@ -359,5 +366,3 @@ def _checked_url(url: str) -> str:
 def _refuse_redacted(header: str) -> None:
     if header.lower() in REDACTED_HEADERS:
         raise ValueError(f'Kong logs the header {header!r} as "REDACTED" for every request; choose another')
-
-

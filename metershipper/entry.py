@@ -1,4 +1,4 @@
-"""Decoding of one line into one Kong log entry. Pure: bytes in, an `Entry` out, or `NotAnEntry` with its reason.
+"""Decoding of one line into one Kong log entry. Pure: bytes in, an `Entry` out, or `Unbillable` with its reason.
 
 Two paths. The fast one is a msgspec decoder compiled from what the rules name: it skips the other nine tenths of a
 line without making objects of them. What it refuses (a BOM, a lone surrogate, a size as text, a section of an odd
@@ -26,8 +26,8 @@ QueryT = TypeVar("QueryT")
 AiT = TypeVar("AiT")
 
 
-class NotAnEntry(Exception):
-    """The line is no Kong entry: `reason` from the closed list, `detail` in words, never with the line's content."""
+class Unbillable(Exception):
+    """The line becomes a dead letter: `reason` from the closed list, `detail` in words, never the line's content."""
 
     def __init__(self, reason: Dead, detail: str) -> None:
         super().__init__(detail)
@@ -176,32 +176,32 @@ class EntryDecoder:
         self._fast = msgspec.json.Decoder(self._type).decode
 
     def decode(self, line: bytes) -> Entry[Any, Any, Any]:
-        """The entry in `line`. Raises `NotAnEntry` for what is no JSON object of Kong's."""
+        """The entry in `line`. Raises `Unbillable` for what is no JSON object of Kong's."""
         try:
             entry: Entry[Any, Any, Any] = self._fast(line)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             entry = _convert(self._type, parse_leniently(line))
         if entry.request is None and entry.session is None:
-            raise NotAnEntry(Dead.NOT_AN_ENTRY, "a JSON object without `request`, which every Kong entry has")
+            raise Unbillable(Dead.NOT_AN_ENTRY, "a JSON object without `request`, which every Kong entry has")
         return entry
 
 
 def parse_leniently(line: bytes) -> dict[str, Any]:
-    """The object in `line`, with invalid UTF-8 and lone surrogates replaced by U+FFFD, BOM and control characters kept out.
+    """The object in `line`: a BOM is skipped, invalid UTF-8 becomes U+FFFD, raw control characters are let pass.
 
     Kong's encoder copies a client's bytes as they are (lua-cjson), so such a line is still a request to be billed.
-    Raises `NotAnEntry` where no object can be read.
+    Raises `Unbillable` where no object can be read.
     """
     text = line.removeprefix(BOM).decode("utf-8", "replace")
     try:
         value = json.loads(text, strict=False, parse_int=_parse_integer)
     except RecursionError:
-        raise NotAnEntry(Dead.NOT_JSON, "nested too deep") from None
+        raise Unbillable(Dead.NOT_JSON, "nested too deep") from None
     except ValueError as error:
         position = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
-        raise NotAnEntry(Dead.NOT_JSON, f"not valid JSON{position}") from None
+        raise Unbillable(Dead.NOT_JSON, f"not valid JSON{position}") from None
     if not isinstance(value, dict):
-        raise NotAnEntry(Dead.NOT_AN_ENTRY, f"a JSON {_JSON_NAMES.get(type(value), 'number')}, not an object")
+        raise Unbillable(Dead.NOT_AN_ENTRY, f"a JSON {_JSON_NAMES.get(type(value), 'number')}, not an object")
     return value
 
 
@@ -272,12 +272,12 @@ def content_hash(line: bytes) -> str:
 
     Canonical: keys sorted, no white space, integral numbers as integers, everything beyond ASCII escaped, so that
     key order, `\\/` and a re-encoding on the way change nothing. For entries without a request id (Kong before 3.5).
-    Raises `NotAnEntry` as `parse_leniently` does.
+    Raises `Unbillable` as `parse_leniently` does.
     """
     try:
         canonical = json.dumps(_canonical(parse_leniently(line)), sort_keys=True, separators=(",", ":"))
     except RecursionError:
-        raise NotAnEntry(Dead.NOT_JSON, "nested too deep") from None
+        raise Unbillable(Dead.NOT_JSON, "nested too deep") from None
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:32]
 
 

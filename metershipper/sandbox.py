@@ -13,7 +13,7 @@ import re
 import socket
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime
 from errno import EINVAL
@@ -28,12 +28,11 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 Version = Literal["v1", "v3"]
 Json = dict[str, Any]
-Endpoint = Callable[[Request], Awaitable[Response]]
 
 ONE_EVENT = "application/cloudevents+json"
 BATCH = "application/cloudevents-batch+json"
@@ -50,8 +49,7 @@ NDJSON_ROWS = 2000  # per read: listing a large store neither holds the lock for
 SHUTDOWN_SECONDS = 5  # for requests under way at SIGTERM: a client that stops reading must not keep the process
 
 SCHEMA = """
-PRAGMA journal_mode = WAL;
-PRAGMA synchronous = NORMAL;
+PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
 CREATE TABLE IF NOT EXISTS events (
   source TEXT NOT NULL, id TEXT NOT NULL, time REAL NOT NULL, ingested_at TEXT NOT NULL, type TEXT NOT NULL,
   subject TEXT NOT NULL, model TEXT, token_type TEXT, tokens INTEGER NOT NULL, event TEXT NOT NULL,
@@ -67,7 +65,6 @@ USAGE = """
 SELECT type, subject, model, token_type, count(*), sum(tokens >> 32), sum(tokens & 0xffffffff)
 FROM events GROUP BY type, subject, model, token_type ORDER BY type, subject, model, token_type
 """
-AFTER = "WHERE (time, rowid) < (SELECT time, rowid FROM events WHERE rowid = ?)"
 
 
 class Fault(NamedTuple):
@@ -102,7 +99,7 @@ def value_fault(name: str, value: object) -> Fault | None:
         return None if isinstance(value, dict) else Fault("value must be an object", "type", (name,))
     if not isinstance(value, str):
         return Fault("value must be a string", "type", (name,))
-    if not value:
+    if value == "":
         return Fault("minimum string length is 1", "min_length", (name,))
     if name in ALLOWED and value not in ALLOWED[name]:
         return Fault(f"value is not one of the allowed values {list(ALLOWED[name])}", "enum", (name,))
@@ -113,9 +110,6 @@ def value_fault(name: str, value: object) -> Fault | None:
 
 def event_faults(event: object, version: Version) -> Iterator[Fault]:
     """Everything wrong with one event, with paths from the event."""
-    if event is None:
-        yield Fault("Value is not nullable", "nullable")
-        return
     if not isinstance(event, dict):
         yield Fault("value must be an object", "type")
         return
@@ -154,15 +148,13 @@ def parse_body(body: bytes, content_type: str, version: Version) -> Any:
 def parse_events(body: bytes, content_type: str, version: Version) -> list[Json]:
     """The events of one request. Raises: RefusedError with every fault found, so one bad event refuses them all."""
     document = parse_body(body, content_type, version)
-    if isinstance(document, list):
-        located = (
-            fault._replace(path=(str(index), *fault.path))
-            for index, event in enumerate(document)
-            for fault in event_faults(event, version)
-        )
-        faults, events = tuple(located), document
-    else:
-        faults, events = tuple(event_faults(document, version)), [document]
+    is_batch = isinstance(document, list)
+    events = document if is_batch else [document]
+    faults = [
+        fault._replace(path=(str(index), *fault.path)) if is_batch else fault
+        for index, event in enumerate(events)
+        for fault in event_faults(event, version)
+    ]
     if faults:
         raise RefusedError(*faults)
     return events
@@ -187,28 +179,22 @@ def token_count(value: object) -> int:
     return min(max(int(value), -MAX_INTEGER), MAX_INTEGER)
 
 
-def text_or_none(value: object) -> str | None:
-    return value if isinstance(value, str) else None
-
-
 def to_row(event: Json, now: str) -> tuple[object, ...]:
     """The columns of one valid event; extension attributes are dropped, a missing time is `now`."""
     kept = {name: event[name] for name in ATTRIBUTES if name in event}
     kept["time"] = time = event.get("time") or now
     data = event.get("data") or {}
-    model, token_type, tokens = text_or_none(data.get("model")), text_or_none(data.get("type")), data.get("tokens")
-    identity, what = (event["source"], event["id"]), (event["type"], event["subject"], model, token_type)
-    return *identity, parse_time(time), now, *what, token_count(tokens), orjson.dumps(kept).decode()
+    source, event_id, event_type, subject = (event[name] for name in ("source", "id", "type", "subject"))
+    model, token_type = (value if isinstance(value := data.get(name), str) else None for name in ("model", "type"))
+    columns = (source, event_id, parse_time(time), now, event_type, subject, model, token_type)
+    return *columns, token_count(data.get("tokens")), orjson.dumps(kept).decode()
 
 
 class Store:
-    """The events kept and the requests counted, in one SQLite database; safe to call from any thread.
-
-    Args: database, a file that is created when missing, or None for memory.
-    Raises: OSError when the file can't be opened or is no database.
-    """
+    """The events kept and the requests counted, in one SQLite file or in memory; safe to call from any thread."""
 
     def __init__(self, database: Path | None = None) -> None:
+        """Raises: OSError when the file, created when missing, can't be opened or is no database."""
         self._lock = threading.Lock()
         try:
             self._connection = sqlite3.connect(database or ":memory:", check_same_thread=False)
@@ -238,8 +224,8 @@ class Store:
     def counts(self) -> dict[str, int]:
         query = "SELECT requests, refused, received, (SELECT count(*) FROM events) FROM books"
         requests, refused, received, events = self._select(query)[0]
-        repeats = received - events
-        return dict(requests=requests, refused=refused, received=received, events=events, repeats=repeats)
+        books = dict(requests=requests, refused=refused, received=received)
+        return books | dict(events=events, repeats=received - events)
 
     def usage(self) -> list[Json]:
         """Events and tokens summed by event type, subject, model and token type."""
@@ -249,9 +235,9 @@ class Store:
 
     def page(self, limit: int, after: int = 0) -> list[Any]:
         """Up to `limit` (rowid, ingested_at, event), newest first by their own time, after the rowid `after`."""
-        query = f"SELECT rowid, ingested_at, event FROM events {AFTER if after else ''}"
-        parameters = (after, limit) if after else (limit,)
-        return self._select(f"{query} ORDER BY time DESC, rowid DESC LIMIT ?", *parameters)
+        where = "WHERE (time, rowid) < (SELECT time, rowid FROM events WHERE rowid = ?1)" if after else ""
+        query = f"SELECT rowid, ingested_at, event FROM events {where} ORDER BY time DESC, rowid DESC LIMIT ?2"
+        return self._select(query, after, limit)
 
     def lines(self, after: int) -> list[Any]:
         """Some (rowid, event) in the order they came, after the rowid `after`."""
@@ -286,49 +272,43 @@ def refuse(error: RefusedError, version: Version) -> Response:
     return problem(400, document)
 
 
-def ingest(store: Store, version: Version) -> Endpoint:
-    def accept(body: bytes, content_type: str) -> Response:
-        try:
-            events = parse_events(body, content_type, version)
-        except RefusedError:
-            store.count_refused()
-            raise
-        store.add(events, datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"))
-        return Response(status_code=ACCEPTED[version])
-
-    async def endpoint(request: Request) -> Response:
-        return await asyncio.to_thread(accept, await request.body(), request.headers.get("content-type", ""))
-
-    return endpoint
+def accept(store: Store, version: Version, body: bytes, content_type: str) -> Response:
+    try:
+        events = parse_events(body, content_type, version)
+    except RefusedError:
+        store.count_refused()
+        raise
+    store.add(events, datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"))
+    return Response(status_code=ACCEPTED[version])
 
 
-def list_v1(store: Store) -> Endpoint:
-    async def endpoint(request: Request) -> Response:
-        rows = await asyncio.to_thread(store.page, parse_positive(request, "limit", 100, 100))
-        return json_response([{"event": orjson.Fragment(event), "ingestedAt": at} for _, at, event in rows])
-
-    return endpoint
+async def ingest(store: Store, version: Version, request: Request) -> Response:
+    content_type = request.headers.get("content-type", "")
+    return await asyncio.to_thread(accept, store, version, await request.body(), content_type)
 
 
-def list_v3(store: Store) -> Endpoint:
-    async def endpoint(request: Request) -> Response:
-        size = parse_positive(request, "page[size]", 20, 100)
-        after = parse_positive(request, "page[after]", 0, MAX_INTEGER)
-        rows = await asyncio.to_thread(store.page, size + 1, after)  # one more tells whether a page follows
-        following = str(rows[size - 1][0]) if len(rows) > size else None
-        data = [{"event": orjson.Fragment(event), "ingested_at": at, "stored_at": at} for _, at, event in rows[:size]]
-        return json_response({"data": data, "meta": {"page": {"next": following, "size": size}}})
+async def list_v1(store: Store, request: Request) -> Response:
+    rows = await asyncio.to_thread(store.page, parse_positive(request, "limit", 100, 100))
+    return json_response([{"event": orjson.Fragment(event), "ingestedAt": at} for _, at, event in rows])
 
-    return endpoint
+
+async def list_v3(store: Store, request: Request) -> Response:
+    size = parse_positive(request, "page[size]", 20, 100)
+    after = parse_positive(request, "page[after]", 0, MAX_INTEGER)
+    rows = await asyncio.to_thread(store.page, size + 1, after)  # one more tells whether a page follows
+    following = str(rows[size - 1][0]) if len(rows) > size else None
+    data = [{"event": orjson.Fragment(event), "ingested_at": at, "stored_at": at} for _, at, event in rows[:size]]
+    return json_response({"data": data, "meta": {"page": {"next": following, "size": size}}})
 
 
 def events_route(path: str, store: Store, version: Version) -> Route:
-    """List and ingest on one route, so that a 405 names both methods in Allow."""
-    post, get = ingest(store, version), list_v1(store) if version == "v1" else list_v3(store)
+    """Ingest and list on one route, so that a 405 names both methods in Allow."""
 
     async def endpoint(request: Request) -> Response:
         try:
-            return await (post if request.method == "POST" else get)(request)
+            if request.method == "POST":
+                return await ingest(store, version, request)
+            return await (list_v1 if version == "v1" else list_v3)(store, request)
         except RefusedError as error:
             return refuse(error, version)
         except ClientDisconnect:  # in the middle of its body: nothing was kept, and a stack trace would only alarm
@@ -341,16 +321,15 @@ def own_routes(store: Store) -> list[Route]:
     """What OpenMeter does not have: sums, counts and the whole store, for tests and the demo."""
 
     async def usage(_request: Request) -> Response:
-        return json_response({"usage": await asyncio.to_thread(store.usage)})
+        return JSONResponse({"usage": await asyncio.to_thread(store.usage)})  # sums may be beyond orjson's 64 bits
 
     async def counts(_request: Request) -> Response:
-        return json_response(await asyncio.to_thread(store.counts))
+        return JSONResponse(await asyncio.to_thread(store.counts))
 
     async def events(_request: Request) -> Response:
         return StreamingResponse(ndjson(store), media_type="application/x-ndjson")
 
-    paths = {"usage": usage, "counts": counts, "events.ndjson": events}
-    return [Route(f"/sandbox/{path}", endpoint) for path, endpoint in paths.items()]
+    return [Route("/sandbox/usage", usage), Route("/sandbox/counts", counts), Route("/sandbox/events.ndjson", events)]
 
 
 async def ndjson(store: Store) -> AsyncIterator[str]:
@@ -362,8 +341,7 @@ async def ndjson(store: Store) -> AsyncIterator[str]:
 
 
 async def answer_http_error(_request: Request, error: Exception) -> Response:
-    """404 and 405, which the router raises."""
-    assert isinstance(error, HTTPException)
+    assert isinstance(error, HTTPException)  # the router's 404 and 405
     return problem(error.status_code, {"detail": error.detail}, error.headers)
 
 
@@ -404,13 +382,13 @@ def bind(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except ValueError as error:  # a name that IDNA can't encode
         raise OSError(EINVAL, f"not a host: {host!r}") from error
-    return socket.create_server(address[:2], family=family)
+    return socket.create_server(address, family=family)
 
 
 def serve(host: str, port: int, database: Path | None, announce: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT, then return.
 
-    Args: port, 0 for a free one; database, None for memory; announce, called with the base URL once requests are served.
+    Args: port, 0 for a free one; database, None for memory; announce, called with the base URL once it accepts.
     Raises: OSError before announcing, when the address or the database can't be had.
     """
     with closing(bind(host, port)) as listener, closing(Store(database)) as store:

@@ -1,0 +1,361 @@
+"""The files that are followed: finding them, knowing them again after a rename, and reading them in turn.
+
+All of this blocks; `tailer` calls it off the event loop, one call at a time. Owns the set of open files, whose read
+offsets run ahead of the checkpoint's positions. Never parses a line and never decides what is settled.
+
+A file is known by device and inode, and its content by its samples (see `followed`). Content that no longer matches is
+other content: it gets a new record and is read from its beginning, while what was read of the old one settles under
+the old record.
+"""
+
+import fnmatch
+import glob
+import logging
+import os
+import stat
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from metershipper.checkpoint import NewFile, Sample, StoredFile
+from metershipper.config import FileInput
+from metershipper.followed import (
+    MAX_LINE_BYTES,
+    TAIL_BYTES,
+    Block,
+    FollowedFile,
+    Identity,
+    end_of_lines,
+    holds,
+    read_head,
+)
+from metershipper.lines import is_rotated_name
+
+log = logging.getLogger("metershipper.tailer")
+
+# Kong's file-log keeps writing to a renamed file until it reopens it (`reopen` is false by default), so a rotated
+# file is let go only after it was quiet for this long, and looked for again as long as it can be found.
+ROTATED_IDLE_SECONDS = 300.0
+# A directory whose listing did not change is listed again after this, for a released file that grew after all.
+LISTING_SECONDS = 30.0
+
+
+class Registry(Protocol):
+    """What is durable about files; the checkpoint's part for this module."""
+
+    def files(self) -> list[StoredFile]: ...
+    def inputs(self) -> set[str]: ...
+    def register(self, files: Sequence[NewFile], inputs: Iterable[str] = ()) -> list[int]: ...
+    def identify(self, file_id: int, path: str, device: int, inode: int, head: Sample) -> None: ...
+
+
+@dataclass(slots=True)
+class _Found:
+    """A file seen in a directory, not yet followed. `lineage`: the path of the log that it is part of."""
+
+    path: str
+    lineage: str
+    status: os.stat_result
+    from_end: bool = False
+
+    @property
+    def identity(self) -> Identity:
+        return self.status.st_dev, self.status.st_ino
+
+
+@dataclass(slots=True)
+class FileSet:
+    """All followed files of all inputs. `clock` is monotonic, in seconds."""
+
+    inputs: Sequence[FileInput]
+    registry: Registry
+    clock: Callable[[], float]
+    rotated_idle_seconds: float = ROTATED_IDLE_SECONDS
+    max_line_bytes: int = MAX_LINE_BYTES
+    _lineages: dict[str, list[FollowedFile]] = field(default_factory=dict)  # oldest file first
+    _records: dict[Identity, StoredFile] = field(default_factory=dict)  # of files that are not open
+    _known_inputs: set[str] = field(default_factory=set)
+    _listed: dict[str, tuple[int, float]] = field(default_factory=dict)  # directory: its mtime, when it was listed
+    _complaints: dict[str, str] = field(default_factory=dict)
+    _rests: deque[Block] = field(default_factory=deque)
+    _turn: int = 0
+
+    def load(self) -> None:
+        """Read what is durable. Call once, before `scan`."""
+        for file in self.registry.files():
+            if file.device is not None and file.inode is not None:
+                self._records[file.device, file.inode] = file
+        self._known_inputs = self.registry.inputs()
+
+    def followed(self) -> list[FollowedFile]:
+        """The open files."""
+        return [file for files in self._lineages.values() for file in files]
+
+    def close(self) -> None:
+        """Let all files go."""
+        for file in self.followed():
+            file.close()
+        self._lineages.clear()
+
+    def directories(self) -> set[str]:
+        """Existing directories in which a followed log changes, or a configured one may appear."""
+        parents = {os.path.dirname(path) for path in self._lineages}
+        parents |= {os.path.dirname(entry.path) for entry in self.inputs if not glob.has_magic(entry.path)}
+        return {parent or "." for parent in parents if os.path.isdir(parent or ".")}
+
+    # Reading
+
+    def next_block(self) -> Block | None:
+        """Whole lines of the next file that has some, the files in turn, of each log the oldest file first."""
+        if self._rests:
+            return self._rests.popleft()
+        lineages = list(self._lineages.values())
+        for step in range(len(lineages)):
+            turn = (self._turn + step) % len(lineages)
+            for file in lineages[turn]:
+                block = self._read(file)
+                if block is not None:
+                    self._turn = turn + 1
+                    return block
+        return None
+
+    def _read(self, file: FollowedFile) -> Block | None:
+        try:
+            if file.was_replaced():
+                self._begin_again(file)
+            block = file.read_block(self.max_line_bytes)
+        except OSError as error:
+            self._complain(file.path, f"can't be read: {error.strerror}; trying again")
+            return None
+        if block is not None:
+            file.active_at = self.clock()
+            if not file.head.length:
+                file.head = read_head(file.fd)
+                self.registry.identify(file.file_id, file.path, *file.identity, file.head)
+        return block
+
+    def _begin_again(self, file: FollowedFile) -> None:
+        """The file holds other content now: that gets a record of its own and is read from its beginning."""
+        unread = file.unread_bytes()
+        lost = f", {unread} bytes before they were read" if unread else ""
+        log.warning("%s: truncated at byte %d%s; reading its new content", file.path, file.offset, lost)
+        head = read_head(file.fd)
+        new = NewFile(file.path, *file.identity, head, supersedes=file.file_id)
+        (file.file_id,) = self.registry.register([new])
+        file.start_at(0, head)
+
+    # Finding
+
+    def scan(self) -> None:
+        """Look for new, renamed, rotated and released files; open what holds something to read."""
+        current = self._find_current()
+        self._notice_renames(current)
+        for found in self._find_rotated(current):
+            self._open_rotated(found)
+        followed = {file.identity for file in self.followed()}
+        for identity, found in current.items():
+            if identity not in followed:
+                self._open_current(found, current)
+        new_inputs = [entry.path for entry in self.inputs if entry.path not in self._known_inputs]
+        if new_inputs:
+            self.registry.register([], new_inputs)
+            self._known_inputs.update(new_inputs)
+        self._release_quiet()
+
+    def _find_current(self) -> dict[Identity, _Found]:
+        """The regular files that the configured paths name now."""
+        current: dict[Identity, _Found] = {}
+        for entry in self.inputs:
+            from_end = entry.read_from == "end" and entry.path not in self._known_inputs
+            paths = sorted(glob.glob(entry.path, recursive=True)) if glob.has_magic(entry.path) else [entry.path]
+            for path in paths:
+                status = self._regular(path)
+                if status is not None:
+                    current.setdefault((status.st_dev, status.st_ino), _Found(path, path, status, from_end))
+        return current
+
+    def _regular(self, path: str) -> os.stat_result | None:
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._complain(path, f"can't be looked at: {error.strerror}; trying again")
+            return None
+        if stat.S_ISREG(status.st_mode):
+            return status
+        if not stat.S_ISDIR(status.st_mode) or not any(path != entry.path for entry in self.inputs):
+            self._complain(path, "not a regular file, so it is not followed")
+        return None
+
+    def _notice_renames(self, current: dict[Identity, _Found]) -> None:
+        for file in self.followed():
+            found = current.get(file.identity)
+            if found is None and not file.rotated:
+                file.rotated, file.active_at = True, self.clock()
+                log.info("%s: rotated away; its rest is read first, from byte %d", file.path, file.offset)
+            elif found is not None:
+                file.rotated = False
+                if found.path != file.path:
+                    file.path = found.path
+                    self.registry.identify(file.file_id, file.path, *file.identity, file.head)
+
+    def _find_rotated(self, current: dict[Identity, _Found]) -> list[_Found]:
+        """Rotated parts of the followed logs that are not open, oldest first."""
+        lineages = {found.path for found in current.values()} | set(self._lineages)
+        lineages |= {entry.path for entry in self.inputs if not glob.has_magic(entry.path)}
+        lineages |= {record.path for record in self._records.values() if self._is_input(record.path)}
+        by_directory: dict[str, set[str]] = {}
+        for path in lineages:
+            by_directory.setdefault(os.path.dirname(path) or ".", set()).add(path)
+        skipped = set(current) | {file.identity for file in self.followed()}
+        rotated: list[_Found] = []
+        for directory, paths in by_directory.items():
+            for candidate in self._changed_listing(directory):
+                status = self._regular(candidate.path)
+                if status is None or (status.st_dev, status.st_ino) in skipped:
+                    continue
+                lineage = self._lineage_of(candidate.name, status, paths)
+                if lineage is not None:
+                    rotated.append(_Found(candidate.path, lineage, status))
+        return sorted(rotated, key=lambda found: found.status.st_mtime_ns)
+
+    def _lineage_of(self, name: str, status: os.stat_result, paths: set[str]) -> str | None:
+        record = self._records.get((status.st_dev, status.st_ino))
+        if record is not None and record.path in paths:
+            return record.path
+        return next((path for path in sorted(paths) if is_rotated_name(name, os.path.basename(path))), None)
+
+    def _is_input(self, path: str) -> bool:
+        return any(fnmatch.fnmatchcase(path, entry.path) for entry in self.inputs)
+
+    def _changed_listing(self, directory: str) -> list["os.DirEntry[str]"]:
+        """The directory's files, or nothing when it is unchanged since a recent listing."""
+        now = self.clock()
+        try:
+            changed = os.stat(directory).st_mtime_ns
+            mtime, listed_at = self._listed.get(directory, (-1, 0.0))
+            if changed == mtime and now - listed_at < LISTING_SECONDS:
+                return []
+            self._listed[directory] = (changed, now)
+            with os.scandir(directory) as entries:
+                return [entry for entry in entries if entry.is_file(follow_symlinks=False)]
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                self._complain(directory, f"can't be listed: {error.strerror}; trying again")
+            return []
+
+    # Opening
+
+    def _open_rotated(self, found: _Found) -> None:
+        record = self._records.get(found.identity)
+        if record is not None and found.status.st_size <= record.position:
+            return
+        fd = self._open(found.path)
+        if fd is None:
+            return
+        if record is not None and holds(fd, record):
+            self._resume(fd, found, record, rotated=True)
+            return
+        head = read_head(fd)
+        if not any(known.path == found.lineage for known in self._all_records()):
+            # There before its log was ever followed: history, which `replay` is for.
+            self._record(NewFile(found.path, *found.identity, head, found.status.st_size))
+            os.close(fd)
+        elif head.length and any(known.head == head for known in self._all_records()):
+            log.info("%s: a copy of content that is followed already; it is not read", found.path)
+            os.close(fd)
+        else:
+            log.info("%s: rotated before it was seen; reading it from its beginning", found.path)
+            self._follow_new(fd, found, NewFile(found.lineage, *found.identity, head), rotated=True)
+
+    def _open_current(self, found: _Found, current: dict[Identity, _Found]) -> None:
+        fd = self._open(found.path)
+        if fd is None:
+            return
+        record = self._records.get(found.identity)
+        if record is not None and holds(fd, record):
+            self._resume(fd, found, record)
+            return
+        head = read_head(fd)
+        moved = None if record or not head.length else self._moved(fd, head, current)
+        if moved is not None:
+            self._resume(fd, found, moved)
+            return
+        if record is not None:
+            log.warning("%s: holds other content than when it was last read; reading it from its beginning", found.path)
+        position = end_of_lines(fd) if found.from_end else 0
+        supersedes = record.file_id if record else None
+        self._follow_new(fd, found, NewFile(found.path, *found.identity, head, position, supersedes))
+
+    def _moved(self, fd: int, head: Sample, current: dict[Identity, _Found]) -> StoredFile | None:
+        """The record of this very content under another device or inode: a remount, a restored volume."""
+        for identity, record in self._records.items():
+            if record.head == head and identity not in current and holds(fd, record):
+                return record
+        return None
+
+    def _open(self, path: str) -> int | None:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            self._complain(path, f"can't be opened: {error.strerror}; trying again")
+            return None
+        self._complaints.pop(path, None)
+        return fd
+
+    def _resume(self, fd: int, found: _Found, record: StoredFile, *, rotated: bool = False) -> None:
+        log.info("%s: following from byte %d", found.path, record.position)
+        tail = os.pread(fd, record.tail.length, record.position - record.tail.length) if record.tail.length else b""
+        status = os.fstat(fd)
+        identity = status.st_dev, status.st_ino
+        if (record.path, record.device, record.inode) != (found.lineage, *identity):
+            self.registry.identify(record.file_id, found.lineage, *identity, record.head)
+        self._records.pop((record.device or 0, record.inode or 0), None)
+        file = FollowedFile(record.file_id, found.lineage, fd, identity, record.position, tail, record.head, rotated)
+        self._follow(file, found.lineage)
+
+    def _follow_new(self, fd: int, found: _Found, new: NewFile, *, rotated: bool = False) -> None:
+        log.info("%s: following from byte %d", found.path, new.position)
+        file_id = self._record(new).file_id
+        del self._records[found.identity]
+        tail = os.pread(fd, min(TAIL_BYTES, new.position), max(0, new.position - TAIL_BYTES))
+        file = FollowedFile(file_id, new.path, fd, found.identity, new.position, tail, new.head, rotated)
+        self._follow(file, found.lineage)
+
+    def _follow(self, file: FollowedFile, lineage: str) -> None:
+        file.active_at = self.clock()
+        self._lineages.setdefault(lineage, []).append(file)
+
+    def _record(self, new: NewFile) -> StoredFile:
+        (file_id,) = self.registry.register([new])
+        record = StoredFile(file_id, new.path, new.device, new.inode, new.head, Sample(), new.position)
+        self._records[new.device, new.inode] = record
+        return record
+
+    def _all_records(self) -> list[StoredFile]:
+        return [*self._records.values(), *(file.record() for file in self.followed())]
+
+    # Letting go
+
+    def _release_quiet(self) -> None:
+        """Let rotated files go that were read to their end and are quiet; `_find_rotated` finds them if they grow."""
+        now = self.clock()
+        for lineage, files in list(self._lineages.items()):
+            for file in list(files):
+                if file.rotated and not file.has_unread_lines() and now - file.active_at > self.rotated_idle_seconds:
+                    rest = file.read_rest(self.max_line_bytes)
+                    if rest is not None:
+                        self._rests.append(rest)
+                    self._records[file.identity] = file.record()
+                    files.remove(file)
+                    file.close()
+            if not files:
+                del self._lineages[lineage]
+
+    def _complain(self, path: str, problem: str) -> None:
+        """Log a problem of a path once, and again only when it changes."""
+        if self._complaints.get(path) != problem:
+            self._complaints[path] = problem
+            log.warning("%s: %s", path, problem)

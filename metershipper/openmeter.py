@@ -1,0 +1,162 @@
+"""The OpenMeter endpoint: one POST in, one `Answer` out. Owns the HTTP client and the token.
+
+Never retries, never logs, never raises for what a server or a network does, and never follows a redirect: a 301 would
+turn the POST into `GET /api/v1/events`, which answers 200 with a list (OpenMeter v1).
+"""
+
+import asyncio
+import errno
+import os
+import socket
+import ssl
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+
+from metershipper import __version__
+from metershipper.config import OpenMeter, is_token
+from metershipper.errors import ConfigError
+from metershipper.retry import Answer, Verdict, classify
+
+# v1 compares it letter by letter, so it carries no charset (openmeter/ingest/httpdriver/ingest.go).
+BATCH_CONTENT_TYPE = "application/cloudevents-batch+json"
+# An acknowledgement is empty or a few bytes; what is longer is not read to its end.
+MAX_ANSWER_BYTES = 64 * 1024
+
+
+class Token:
+    """The bearer token: from the configuration, or from its file, which may be rotated while we run."""
+
+    def __init__(self, settings: OpenMeter) -> None:
+        self._secret = settings.api_token
+        self._file = settings.api_token_file
+
+    def read(self) -> str | None:
+        """The token now; None when none is configured. Raises ConfigError naming the file, never what it holds."""
+        if self._file is None:
+            return self._secret.get_secret_value() if self._secret else None
+        try:
+            text = self._file.read_text(encoding="ascii").strip()
+        except OSError as error:
+            raise ConfigError(f"{self._file}: the token can't be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            text = ""
+        if not is_token(text):
+            raise ConfigError(f"{self._file}: holds no token; it must be one line of printable ASCII without spaces")
+        return text
+
+    @property
+    def warning(self) -> str | None:
+        """What is unsafe about the token file, if anything."""
+        if self._file is None or not self._file.exists() or not _readable_by_others(self._file):
+            return None
+        return f"{self._file}: readable by every user of this machine; chmod 600 it"
+
+
+def _readable_by_others(path: Path) -> bool:
+    return bool(path.stat().st_mode & stat.S_IROTH)
+
+
+class Endpoint:
+    """A connection to the ingest endpoint, used as an async context manager.
+
+    Raises: ConfigError on entry, when the token or the CA file can't be read.
+    """
+
+    def __init__(self, url: str, settings: OpenMeter) -> None:
+        self._url = url
+        self._settings = settings
+        self._token = Token(settings)
+
+    async def __aenter__(self) -> "Endpoint":
+        self._authorization = self._read_authorization()
+        self._client = httpx.AsyncClient(
+            verify=_tls_context(self._settings),
+            timeout=httpx.Timeout(self._settings.timeout_seconds),
+            limits=httpx.Limits(max_connections=self._settings.max_in_flight, keepalive_expiry=60),
+            follow_redirects=False,
+            headers={"User-Agent": f"metershipper/{__version__}", "Content-Type": BATCH_CONTENT_TYPE},
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._client.aclose()
+
+    def _read_authorization(self) -> dict[str, str]:
+        token = self._token.read()
+        return {"Authorization": f"Bearer {token}"} if token else {}
+
+    async def post(self, body: bytes) -> Answer:
+        """Send one encoded batch; the whole exchange has `timeout_seconds`."""
+        try:
+            async with asyncio.timeout(self._settings.timeout_seconds):
+                status, content_type, text = await self._exchange(body)
+        except TimeoutError:
+            return Answer(Verdict.RETRY, f"no answer within {self._settings.timeout_seconds:g} s")
+        except (httpx.HTTPError, OSError) as error:
+            return Answer(Verdict.RETRY, describe(error))
+        if status in (401, 403):
+            self._renew_token()
+        return classify(status, content_type, text)
+
+    async def _exchange(self, body: bytes) -> tuple[int, str, str]:
+        async with self._client.stream("POST", self._url, content=body, headers=self._authorization) as response:
+            content = bytearray()
+            async for chunk in response.aiter_bytes():
+                content += chunk
+                if len(content) > MAX_ANSWER_BYTES:
+                    break
+        text = bytes(content).decode("utf-8", "replace")
+        return response.status_code, response.headers.get("content-type", ""), text
+
+    def _renew_token(self) -> None:
+        """The token file may have been rotated. An unreadable one changes nothing: the next try reports the refusal."""
+        try:
+            self._authorization = self._read_authorization()
+        except ConfigError:
+            return
+
+
+def _tls_context(settings: OpenMeter) -> ssl.SSLContext | bool:
+    if not settings.ssl_verify:
+        return False
+    if settings.ca_file is None:
+        return True
+    try:
+        return ssl.create_default_context(cafile=os.fspath(settings.ca_file))
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"{settings.ca_file}: no usable CA certificates: {error.strerror or error}") from None
+
+
+def describe(error: BaseException) -> str:
+    """A failed exchange in plain words: which part of the way failed."""
+    causes = list(_causes(error))
+    for cause in causes:
+        if isinstance(cause, socket.gaierror):
+            return "the host name can't be resolved (DNS)"
+        if isinstance(cause, ssl.SSLError):
+            return f"TLS failed: {getattr(cause, 'verify_message', '') or cause.reason or cause}"
+        if isinstance(cause, ConnectionRefusedError) or getattr(cause, "errno", None) == errno.ECONNREFUSED:
+            return "the connection was refused: nothing listens there"
+    if isinstance(error, httpx.TimeoutException):
+        return "the connection timed out"
+    return f"the exchange failed: {type(error).__name__}{f' ({error})' if str(error) else ''}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        current = waiting.pop(0)
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        waiting += [current.__cause__, current.__context__]
+        if isinstance(current, BaseExceptionGroup):
+            waiting += current.exceptions
