@@ -34,7 +34,8 @@ CREATE TABLE files (
     device INTEGER, inode INTEGER,   -- both NULL once other content took its place
     head_bytes INTEGER NOT NULL DEFAULT 0, head_hash TEXT NOT NULL DEFAULT '',
     tail_bytes INTEGER NOT NULL DEFAULT 0, tail_hash TEXT NOT NULL DEFAULT '',
-    position INTEGER NOT NULL        -- in bytes: everything before it is settled
+    position INTEGER NOT NULL,       -- in bytes: everything before it is settled
+    history INTEGER NOT NULL         -- 1: there before its log was followed, and never read
 );
 CREATE TABLE books (file_id INTEGER NOT NULL, name TEXT NOT NULL, count INTEGER NOT NULL,
     PRIMARY KEY (file_id, name)) WITHOUT ROWID;
@@ -72,6 +73,7 @@ class StoredFile:
     head: Sample
     tail: Sample
     position: int
+    history: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ class NewFile:
     head: Sample
     position: int = 0
     supersedes: int | None = None
+    history: bool = False
 
 
 class StateLock:
@@ -257,9 +260,17 @@ class Checkpoint:
                         "UPDATE files SET device = NULL, inode = NULL WHERE file_id = ?", (file.supersedes,)
                     )
                 cursor = self._db.execute(
-                    "INSERT INTO files (path, device, inode, head_bytes, head_hash, position)"
-                    " VALUES (?, ?, ?, ?, ?, ?)",
-                    (file.path, file.device, file.inode, file.head.length, file.head.digest, file.position),
+                    "INSERT INTO files (path, device, inode, head_bytes, head_hash, position, history)"
+                    " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        file.path,
+                        file.device,
+                        file.inode,
+                        file.head.length,
+                        file.head.digest,
+                        file.position,
+                        file.history,
+                    ),
                 )
                 ids.append(int(cursor.lastrowid or 0))
         return ids
@@ -268,7 +279,8 @@ class Checkpoint:
         """Record where a file is seen now, and by what its beginning is known."""
         with self._transaction():
             self._db.execute(
-                "UPDATE files SET path = ?, device = ?, inode = ?, head_bytes = ?, head_hash = ? WHERE file_id = ?",
+                "UPDATE files SET path = ?, device = ?, inode = ?, head_bytes = ?, head_hash = ?, history = 0"
+                " WHERE file_id = ?",
                 (path, device, inode, head.length, head.digest, file_id),
             )
 
@@ -276,10 +288,10 @@ class Checkpoint:
         """Every file ever followed, in the order in which they were met."""
         with self._lock:
             rows = self._db.execute(
-                "SELECT file_id, path, device, inode, head_bytes, head_hash, tail_bytes, tail_hash, position"
+                "SELECT file_id, path, device, inode, head_bytes, head_hash, tail_bytes, tail_hash, position, history"
                 " FROM files ORDER BY file_id"
             ).fetchall()
-        return [StoredFile(r[0], r[1], r[2], r[3], Sample(r[4], r[5]), Sample(r[6], r[7]), r[8]) for r in rows]
+        return [StoredFile(*r[:4], Sample(*r[4:6]), Sample(*r[6:8]), r[8], bool(r[9])) for r in rows]
 
     def inputs(self) -> set[str]:
         """The configured paths that were followed before."""

@@ -14,7 +14,8 @@ import logging
 import os
 import stat
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -62,6 +63,14 @@ class _Found:
     @property
     def identity(self) -> Identity:
         return self.status.st_dev, self.status.st_ino
+
+
+@dataclass(slots=True)
+class _Opened:
+    """A file descriptor that is closed again unless it is `kept`."""
+
+    fd: int
+    kept: bool = False
 
 
 @dataclass(slots=True)
@@ -124,16 +133,22 @@ class FileSet:
         try:
             if file.was_replaced():
                 self._begin_again(file)
+            if not file.head.length:
+                self._identify(file)
             block = file.read_block(self.max_line_bytes)
         except OSError as error:
             self._complain(file.path, f"can't be read: {error.strerror}; trying again")
             return None
         if block is not None:
             file.active_at = self.clock()
-            if not file.head.length:
-                file.head = read_head(file.fd)
-                self.registry.identify(file.file_id, file.path, *file.identity, file.head)
         return block
+
+    def _identify(self, file: FollowedFile) -> None:
+        """Record the head once it is there. Before the lines are read: if this fails, nothing was stepped over."""
+        head = read_head(file.fd)
+        if head.length:
+            self.registry.identify(file.file_id, file.path, *file.identity, head)
+            file.head = head
 
     def _begin_again(self, file: FollowedFile) -> None:
         """The file holds other content now: that gets a record of its own and is read from its beginning."""
@@ -252,42 +267,46 @@ class FileSet:
         record = self._records.get(found.identity)
         if record is not None and found.status.st_size <= record.position:
             return
-        fd = self._open(found.path)
-        if fd is None:
-            return
+        with self._opened(found.path) as opened:
+            if opened is not None:
+                self._place_rotated(opened, found, record)
+
+    def _place_rotated(self, opened: _Opened, found: _Found, record: StoredFile | None) -> None:
+        fd = opened.fd
         if record is not None and holds(fd, record):
-            self._resume(fd, found, record, rotated=True)
+            self._resume(opened, found, record, rotated=True)
             return
         head = read_head(fd)
         if not any(known.path == found.lineage for known in self._all_records()):
             # There before its log was ever followed: history, which `replay` is for.
-            self._record(NewFile(found.path, *found.identity, head, found.status.st_size))
-            os.close(fd)
+            self._record(NewFile(found.path, *found.identity, head, found.status.st_size, history=True))
         elif head.length and any(known.head == head for known in self._all_records()):
             log.info("%s: a copy of content that is followed already; it is not read", found.path)
-            os.close(fd)
         else:
             log.info("%s: rotated before it was seen; reading it from its beginning", found.path)
-            self._follow_new(fd, found, NewFile(found.lineage, *found.identity, head), rotated=True)
+            self._follow_new(opened, found, NewFile(found.lineage, *found.identity, head), rotated=True)
 
     def _open_current(self, found: _Found, current: dict[Identity, _Found]) -> None:
-        fd = self._open(found.path)
-        if fd is None:
-            return
+        with self._opened(found.path) as opened:
+            if opened is not None:
+                self._place_current(opened, found, current)
+
+    def _place_current(self, opened: _Opened, found: _Found, current: dict[Identity, _Found]) -> None:
+        fd = opened.fd
         record = self._records.get(found.identity)
         if record is not None and holds(fd, record):
-            self._resume(fd, found, record)
+            self._resume(opened, found, record)
             return
         head = read_head(fd)
         moved = None if record or not head.length else self._moved(fd, head, current)
         if moved is not None:
-            self._resume(fd, found, moved)
+            self._resume(opened, found, moved)
             return
         if record is not None:
             log.warning("%s: holds other content than when it was last read; reading it from its beginning", found.path)
         position = end_of_lines(fd) if found.from_end else 0
         supersedes = record.file_id if record else None
-        self._follow_new(fd, found, NewFile(found.path, *found.identity, head, position, supersedes))
+        self._follow_new(opened, found, NewFile(found.path, *found.identity, head, position, supersedes))
 
     def _moved(self, fd: int, head: Sample, current: dict[Identity, _Found]) -> StoredFile | None:
         """The record of this very content under another device or inode: a remount, a restored volume."""
@@ -296,37 +315,49 @@ class FileSet:
                 return record
         return None
 
-    def _open(self, path: str) -> int | None:
+    @contextmanager
+    def _opened(self, path: str) -> Iterator[_Opened | None]:
+        """The file, opened; None when it can't be. It is closed again unless it was kept."""
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            opened = _Opened(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
         except OSError as error:
             self._complain(path, f"can't be opened: {error.strerror}; trying again")
-            return None
+            yield None
+            return
         self._complaints.pop(path, None)
-        return fd
+        try:
+            yield opened
+        finally:
+            if not opened.kept:
+                os.close(opened.fd)
 
-    def _resume(self, fd: int, found: _Found, record: StoredFile, *, rotated: bool = False) -> None:
+    def _resume(self, opened: _Opened, found: _Found, record: StoredFile, *, rotated: bool = False) -> None:
         log.info("%s: following from byte %d", found.path, record.position)
-        tail = os.pread(fd, record.tail.length, record.position - record.tail.length) if record.tail.length else b""
-        status = os.fstat(fd)
+        status = os.fstat(opened.fd)
         identity = status.st_dev, status.st_ino
         if (record.path, record.device, record.inode) != (found.lineage, *identity):
             self.registry.identify(record.file_id, found.lineage, *identity, record.head)
+        tail = os.pread(opened.fd, record.tail.length, record.position - record.tail.length)
+        self._follow(
+            opened,
+            FollowedFile(
+                record.file_id, found.lineage, opened.fd, identity, record.position, tail, record.head, rotated
+            ),
+        )
         self._records.pop((record.device or 0, record.inode or 0), None)
-        file = FollowedFile(record.file_id, found.lineage, fd, identity, record.position, tail, record.head, rotated)
-        self._follow(file, found.lineage)
 
-    def _follow_new(self, fd: int, found: _Found, new: NewFile, *, rotated: bool = False) -> None:
+    def _follow_new(self, opened: _Opened, found: _Found, new: NewFile, *, rotated: bool = False) -> None:
         log.info("%s: following from byte %d", found.path, new.position)
         file_id = self._record(new).file_id
         del self._records[found.identity]
-        tail = os.pread(fd, min(TAIL_BYTES, new.position), max(0, new.position - TAIL_BYTES))
-        file = FollowedFile(file_id, new.path, fd, found.identity, new.position, tail, new.head, rotated)
-        self._follow(file, found.lineage)
+        tail = os.pread(opened.fd, min(TAIL_BYTES, new.position), max(0, new.position - TAIL_BYTES))
+        file = FollowedFile(file_id, new.path, opened.fd, found.identity, new.position, tail, new.head, rotated)
+        self._follow(opened, file)
 
-    def _follow(self, file: FollowedFile, lineage: str) -> None:
+    def _follow(self, opened: _Opened, file: FollowedFile) -> None:
+        opened.kept = True
         file.active_at = self.clock()
-        self._lineages.setdefault(lineage, []).append(file)
+        self._lineages.setdefault(file.path, []).append(file)
 
     def _record(self, new: NewFile) -> StoredFile:
         (file_id,) = self.registry.register([new])

@@ -228,6 +228,16 @@ def _time(started_at: Any) -> str:
     return f"{_second(started_at // 1000)}.{started_at % 1000:03d}Z"
 
 
+def overlong_line(head: bytes, start_offset: int, end_offset: int) -> Mapped:
+    """A line above the limit, of which only the beginning was read: one dead letter."""
+    mapped = Mapped()
+    mapped.books[Count.LINES] += 1
+    mapped.books.dead_letter(Dead.LINE_TOO_LONG)
+    detail = f"a line of {end_offset - start_offset} bytes; its beginning is kept"
+    mapped.dead_letters.append(DeadLetter(start_offset, end_offset, Dead.LINE_TOO_LONG, detail, head))
+    return mapped
+
+
 @lru_cache(maxsize=1024)
 def _second(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")

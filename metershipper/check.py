@@ -1,0 +1,115 @@
+"""`check`: the configuration in plain words, and the proof that endpoint and token work. Changes nothing anywhere."""
+
+import glob
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from metershipper.config import Config, FileInput, Metering, OpenMeter, Subject, endpoint_of, require_for_run
+from metershipper.openmeter import Endpoint, Token
+from metershipper.retry import Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What came of trying the endpoint."""
+
+    ok: bool
+    text: str
+
+
+def explain(config: Config, where: str) -> Iterator[str]:
+    """What will be metered, for whom, from where, to where: one sentence a line, in the order of the flow.
+
+    Raises: ConfigError when there is nothing to read, nowhere to send it, or the token can't be read.
+    """
+    require_for_run(config, where)
+    token = Token(config.openmeter)
+    has_token = token.read() is not None
+    yield f"{where} is valid."
+    for file in config.inputs.files:
+        yield f"Reads   {_input(file)}"
+    yield f"Meters  {_meters(config.metering)}"
+    yield f"Bills   {_subject(config.metering)}"
+    for attribute in config.metering.attributes:
+        kind = "header" if attribute.source == "header" else "query parameter"
+        yield f"Adds    {attribute.event_property_name}, from the {kind} {attribute.look_up_value_in}"
+    if config.metering.personal_fields:
+        yield f"Adds    personal data: {', '.join(sorted(config.metering.personal_fields))}"
+    yield f"Sends   {_destination(config.openmeter, endpoint_of(config, where), has_token)}"
+    yield f'Source  "{config.metering.source}", the same for every gateway whose usage must not be billed twice'
+    yield f"Keeps   positions, books and dead letters in {config.state.directory}"
+    if token.warning:
+        yield f"Note    {token.warning}"
+    if has_token and _is_plain_and_remote(endpoint_of(config, where)):
+        yield "Note    the token travels unencrypted: ingest_endpoint is http:// and not on this machine"
+    if not config.openmeter.ssl_verify:
+        yield "Note    the endpoint's certificate is not checked: ssl_verify = false"
+
+
+def _input(file: FileInput) -> str:
+    found = sorted(glob.glob(file.path, recursive=True)) if glob.has_magic(file.path) else [file.path]
+    found = [path for path in found if os.path.isfile(path)]
+    start = "from the beginning" if file.read_from == "beginning" else "from its end, when it is first seen"
+    if not found:
+        return f"{file.path}, {start}; no such file yet: it is followed as soon as it appears"
+    unreadable = [path for path in found if not os.access(path, os.R_OK)]
+    if unreadable:
+        return f"{file.path}, {start}; {unreadable[0]} is not readable by this user"
+    size = sum(os.path.getsize(path) for path in found)
+    files = "" if found == [file.path] else f"{len(found)} files, "
+    return f"{file.path}, {start}; {files}{size:,} bytes now"
+
+
+def _meters(metering: Metering) -> str:
+    parts = []
+    if metering.meter_api_requests:
+        parts.append("every API request (kong.api_request)")
+    if metering.meter_ai_token_usage:
+        zero = ", also 0" if metering.emit_zero_tokens else ""
+        failed = "also" if metering.meter_failed_ai_calls else "not"
+        parts.append(f"input and output tokens of AI calls (kong.llm_request{zero}), {failed} of failed calls")
+    return "; ".join(parts)
+
+
+def _subject(metering: Metering) -> str:
+    missing = "skipped and counted" if metering.on_missing_subject == "skip" else "kept as dead letters"
+    return f"{_who(metering.subject)}; entries without it are {missing}"
+
+
+def _who(subject: Subject) -> str:
+    match subject.look_up_value_in:
+        case "consumer":
+            return f"the consumer's {subject.field}" if subject.field else "the consumer, as consumer:<id>"
+        case "application":
+            return "the application, as application:<id>"
+        case "header":
+            return f"the value of the header {subject.field}"
+        case "query":
+            return f"the value of the query parameter {subject.field}"
+
+
+def _destination(settings: OpenMeter, url: str, has_token: bool) -> str:
+    batch = settings.batch
+    version = "v3" if "/v3/" in url else "v1" if "/v1/" in url else "unknown version"
+    return (
+        f"to {url} (OpenMeter {version}), {'with' if has_token else 'without'} a token; "
+        f"at most {batch.max_events} events, {batch.max_bytes} bytes or {batch.max_wait_seconds:g} s in a batch, "
+        f"{settings.max_in_flight} in flight"
+    )
+
+
+def _is_plain_and_remote(url: str) -> bool:
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    return parts.scheme == "http" and host not in ("localhost", "::1") and not host.startswith("127.")
+
+
+async def prove_connection(config: Config, where: str) -> Proof:
+    """Send an empty batch, which OpenMeter v1 and v3 accept and which bills nothing."""
+    async with Endpoint(endpoint_of(config, where), config.openmeter) as endpoint:
+        answer = await endpoint.post(b"[]")
+    if answer.verdict is Verdict.ACCEPTED:
+        return Proof(True, f"Connection OK: the endpoint took an empty batch ({answer.reason})")
+    return Proof(False, f"Connection failed: {answer.reason}")

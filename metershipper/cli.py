@@ -1,0 +1,230 @@
+"""The command line: parses words, calls the part that does the work, shows the result. Results go to stdout, the rest
+to stderr. Never holds logic of its own. Imports are made where they are used, so that each command starts fast.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from metershipper import __version__
+from metershipper.errors import ConfigError, MeterShipperError, UsageError
+
+if TYPE_CHECKING:
+    from metershipper.config import Config
+
+CONFIG_VARIABLE = "METERSHIPPER_CONFIG"
+DEFAULT_CONFIG = "config.toml"
+# Below the 10 s that Docker grants and the 30 s of Kubernetes.
+DEFAULT_GRACE_SECONDS = 8.0
+
+
+def _config_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "-c",
+        "--config",
+        "config_path",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help=f"Configuration (TOML).  [default: ${CONFIG_VARIABLE}, then ./{DEFAULT_CONFIG}]",
+    )(command)
+
+
+class _Cli(click.Group):
+    """Shows a `MeterShipperError` as one line with its exit code, also when called from a test."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MeterShipperError as error:
+            for line in str(error).splitlines():
+                click.echo(f"metershipper: {line}", err=True)
+            ctx.exit(error.exit_code)
+
+
+@click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="metershipper")
+def cli() -> None:
+    """Turn Kong gateway access logs into usage events and deliver them to OpenMeter or Konnect Metering & Billing:
+    nothing lost, nothing billed twice, every line accounted for.
+
+    \b
+    Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 partial.
+    """
+
+
+@cli.command()
+@_config_option
+@click.option(
+    "--grace-seconds",
+    type=click.FloatRange(0, 3600),
+    default=DEFAULT_GRACE_SECONDS,
+    show_default=True,
+    help="How long a stop lets batches in flight finish.",
+)
+def run(config_path: Path | None, grace_seconds: float) -> None:
+    """The sidecar: follow files and ship their usage until SIGTERM.
+
+    The first SIGTERM or SIGINT stops reading, finishes what is in flight and checkpoints; a second one stops at once.
+    After either nothing is lost: what was not acknowledged is read again at the next start.
+    """
+    from metershipper.config import require_for_run
+    from metershipper.openmeter import Token
+    from metershipper.sidecar import Sidecar
+
+    config, where = _load(config_path)
+    require_for_run(config, where)
+    _start_logging()
+    os.umask(0o077)  # whatever the state directory holds is for this user alone
+    if warning := Token(config.openmeter).warning:
+        logging.getLogger("metershipper").warning(warning)
+    forced = asyncio.run(_run_until_signalled(Sidecar(config, where, grace_seconds)))
+    sys.exit(1 if forced else 0)
+
+
+async def _run_until_signalled(sidecar: Any) -> bool:
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: signal.Signals, stop: Callable[[], None]) -> None:
+        logging.getLogger("metershipper").info("%s: stopping", number.name)
+        stop()
+        for each in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(each, sidecar.stop_now)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number, sidecar.stop)
+    stopped = await sidecar.run()
+    return bool(stopped.forced)
+
+
+@cli.command(name="map")
+@_config_option
+@click.argument("paths", nargs=-1, metavar="[PATH]...")
+def map_command(config_path: Path | None, paths: tuple[str, ...]) -> None:
+    """Pure filter: entries from files or stdin (-), usage events as NDJSON on stdout, a summary on stderr.
+
+    Touches no network and no state, and works with no configuration at all.
+
+    \b
+    Example:
+      metershipper map samples/usage.log | head -n 1
+    """
+    from metershipper.filter import map_paths
+
+    config = _load(config_path)[0] if _config_path(config_path) else _defaults()
+    map_paths(config.metering, paths or ("-",), sys.stdout.buffer, lambda text: click.echo(text, err=True))
+
+
+@cli.command()
+@_config_option
+@click.option("--connect", is_flag=True, help="Also prove the endpoint and the token, with an empty batch.")
+def check(config_path: Path | None, connect: bool) -> None:
+    """Validate the configuration and say in words what will be metered, for whom, from where, to where."""
+    from metershipper.check import explain, prove_connection
+
+    config, where = _load(config_path)
+    for line in explain(config, where):
+        click.echo(line)
+    if connect:
+        proof = asyncio.run(prove_connection(config, where))
+        click.echo(proof.text)
+        sys.exit(0 if proof.ok else 1)
+
+
+@cli.command()
+@_config_option
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def status(config_path: Path | None, as_json: bool) -> None:
+    """Positions, lag, books and dead letters, as of the last checkpoint; works while `run` runs."""
+    import orjson
+
+    from metershipper.status import read_status, render
+
+    report = read_status(_load(config_path)[0].state.directory)
+    if as_json:
+        click.echo(orjson.dumps(report.as_dict(), option=orjson.OPT_INDENT_2).decode())
+    else:
+        render(report)
+
+
+@cli.command()
+@click.option("--listen", default="127.0.0.1:8888", show_default=True, metavar="HOST:PORT", help="Port 0: a free one.")
+@click.option(
+    "--database",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Keep the events in this SQLite file.  [default: in memory]",
+)
+def sandbox(listen: str, database: Path | None) -> None:
+    """An embedded endpoint that accepts usage events as OpenMeter does, for evaluation and tests.
+
+    It validates events, stores each (source, id) once, lists them (GET /api/v1/events) and sums usage
+    (GET /sandbox/usage). It is no OpenMeter: no meters, no customers, no billing, no authentication.
+    """
+    from metershipper.sandbox import serve
+
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise UsageError(f"--listen {listen}: not HOST:PORT, for instance 127.0.0.1:8888")
+    try:
+        serve(host.strip("[]"), int(port), database, click.echo)
+    except OSError as error:
+        raise UsageError(f"--listen {listen}: {error.strerror or error}") from None
+
+
+@cli.command()
+@click.option("--keep", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Keep all files here.")
+def demo(keep: Path | None) -> None:
+    """See it work in under 30 s, with no account and no configuration.
+
+    Kong-like traffic goes into a log file; a real `run` ships it to a sandbox on loopback and is killed with SIGKILL
+    half-way; at the end the sandbox's books are held against what was written.
+    """
+    from metershipper.demo import run_demo
+
+    sys.exit(0 if run_demo(keep) else 1)
+
+
+def _config_path(given: Path | None) -> Path | None:
+    """The configuration file to use; None when none was named and there is none in this directory."""
+    if given is not None:
+        return given
+    if named := os.environ.get(CONFIG_VARIABLE):
+        return Path(named)
+    return Path(DEFAULT_CONFIG) if Path(DEFAULT_CONFIG).exists() else None
+
+
+def _load(given: Path | None) -> "tuple[Config, str]":
+    """The configuration, and how to name its origin in a message."""
+    from metershipper.config import load_config
+
+    path = _config_path(given)
+    if path is None:
+        raise ConfigError(
+            f"{DEFAULT_CONFIG}: no such file here; name one with -c or ${CONFIG_VARIABLE}, or copy config.example.toml"
+        )
+    return load_config(path), str(path)
+
+
+def _defaults() -> "Config":
+    from metershipper.config import load_config
+
+    return load_config(None)
+
+
+def _start_logging() -> None:
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)-7s %(message)s",
+        datefmt="%Y-%m-%dT%H:%M:%S%z",
+    )
+    # These log every request, at INFO and with the full URL.
+    for noisy in ("httpx", "httpcore", "watchfiles"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -1,0 +1,121 @@
+"""`map`: entries from files or stdin to usage events on stdout, and a summary. Touches no network and no state."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import BinaryIO, Protocol, cast
+
+import msgspec
+
+from metershipper.books import DEAD_LETTERS, SKIPPED, Books, Count
+from metershipper.config import Metering
+from metershipper.errors import UsageError
+from metershipper.followed import BLOCK_BYTES, KEPT_OF_OVERLONG_LINE_BYTES, MAX_LINE_BYTES
+from metershipper.lines import whole_lines
+from metershipper.mapper import DeadLetter, Mapped, Mapper, overlong_line
+
+STDIN = "-"
+SHOWN_BAD_LINES = 10
+_COMPRESSED = {b"\x1f\x8b": "zcat", b"\x28\xb5\x2f\xfd": "zstdcat"}
+
+
+def map_paths(metering: Metering, paths: tuple[str, ...], out: BinaryIO, report: Callable[[str], None]) -> Books:
+    """Map every path in turn; `out` gets the events as NDJSON, `report` the bad lines and the summary.
+
+    Raises: UsageError naming a path that can't be read, after the paths before it were mapped.
+    """
+    mapper = Mapper(metering)
+    encode_lines = msgspec.json.Encoder().encode_lines
+    books = Books()
+    shown = 0
+    for path in paths:
+        with _opened(path) as source:
+            for mapped in _mapped_blocks(mapper, source, path):
+                out.write(encode_lines(mapped.events))
+                out.flush()
+                books.update(mapped.books)
+                for dead_letter in mapped.dead_letters[: SHOWN_BAD_LINES - shown]:
+                    report(_bad_line(path, dead_letter))
+                    shown += 1
+    for line in summary(books):
+        report(line)
+    return books
+
+
+def summary(books: Books) -> list[str]:
+    """The books of a run, in lines for people."""
+    tokens_in, tokens_out = books[Count.TOKENS_REQUEST], books[Count.TOKENS_RESPONSE]
+    lines = [
+        f"{books[Count.LINES]} lines: {books[Count.BILLED]} entries billed, {books.skipped} skipped, "
+        f"{books.dead_letters} bad lines",
+        f"{books[Count.EVENTS]} events; tokens: {tokens_in} request (input), {tokens_out} response (output)",
+    ]
+    lines += [f"skipped: {reason} {count}" for reason, count in books.by_reason(SKIPPED).items()]
+    lines += [f"bad lines: {reason} {count}" for reason, count in books.by_reason(DEAD_LETTERS).items()]
+    if failed := books[Count.FAILED_AI_CALLS]:
+        lines.append(f"AI calls not billed: failed_ai_call {failed} (only an estimate of their input was logged)")
+    if hashed := books[Count.HASHED_IDS]:
+        lines.append(f"ids: {hashed} entries have no request id (Kong before 3.5); theirs is a hash of the entry")
+    return lines
+
+
+class _Source(Protocol):
+    """A binary file or pipe: `read1` gives what is there, so that a slow pipe is mapped as it comes."""
+
+    def read1(self, size: int, /) -> bytes: ...
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[_Source]:
+    if path == STDIN:
+        yield cast(_Source, sys.stdin.buffer)
+        return
+    try:
+        source = open(path, "rb")  # noqa: SIM115  # closed below; only the opening is the user's mistake
+    except OSError as error:
+        raise UsageError(f"{path}: can't be read: {error.strerror}") from None
+    with source:
+        yield source
+
+
+def _mapped_blocks(mapper: Mapper, source: _Source, path: str) -> Iterator[Mapped]:
+    """The source in blocks of whole lines, mapped; the last line may lack its newline. Memory is bounded."""
+    rest, offset = b"", 0
+    while data := source.read1(BLOCK_BYTES):
+        if not rest and not offset:
+            _refuse_compressed(data, path)
+        data = rest + data
+        length = whole_lines(data)
+        if length:
+            yield mapper.map_lines(data[:length], offset)
+            offset += length
+        rest = data[length:]
+        if len(rest) >= MAX_LINE_BYTES:
+            head = rest[:KEPT_OF_OVERLONG_LINE_BYTES]
+            skipped, rest = _skip_line(source, len(rest))
+            yield overlong_line(head, offset, offset + skipped)
+            offset += skipped
+    if rest:
+        yield mapper.map_lines(rest, offset)
+
+
+def _skip_line(source: _Source, length: int) -> tuple[int, bytes]:
+    """Step over a line of which `length` bytes were read: how long it is, and what follows it."""
+    while data := source.read1(BLOCK_BYTES):
+        newline = data.find(b"\n")
+        if newline >= 0:
+            return length + newline + 1, data[newline + 1 :]
+        length += len(data)
+    return length, b""
+
+
+def _refuse_compressed(data: bytes, path: str) -> None:
+    for magic, tool in _COMPRESSED.items():
+        if data.startswith(magic):
+            raise UsageError(f"{path}: compressed; unpack it on the way: {tool} {path} | metershipper map -")
+
+
+def _bad_line(path: str, dead_letter: DeadLetter) -> str:
+    where = "stdin" if path == STDIN else path
+    start, end, reason, detail, _ = dead_letter
+    return f"bad line: {where}, bytes {start}-{end}: {reason}: {detail}"

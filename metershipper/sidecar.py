@@ -1,0 +1,175 @@
+"""`run`: wires tailer, mapper, batcher, shipper and checkpoint into one process, and ends it in order.
+
+The flow goes one way: a block of lines is read, mapped to a span, batched, shipped; the acknowledgement settles spans,
+and what is settled is committed. Owns every task. Never interprets a line, an answer or a file.
+
+What settles, and when: `ledger`. What one transaction holds: `Checkpoint.commit`.
+"""
+
+import asyncio
+import logging
+import sqlite3
+import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from metershipper.batcher import Batch, Batcher, Span
+from metershipper.checkpoint import Checkpoint, StateLock
+from metershipper.config import Config, endpoint_of
+from metershipper.errors import StateError
+from metershipper.files import FileSet
+from metershipper.followed import Block
+from metershipper.ledger import Ledger, Settled, merge
+from metershipper.mapper import Mapper, overlong_line
+from metershipper.openmeter import Endpoint
+from metershipper.shipper import Shipper
+from metershipper.tailer import Tailer
+
+log = logging.getLogger("metershipper")
+
+# Commits are gathered for this long, so that fsync does not limit throughput.
+COMMIT_INTERVAL_SECONDS = 0.1
+COMMIT_RETRY_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """How a run ended: events that were read but not acknowledged. They are read again at the next start."""
+
+    unsettled_events: int
+    forced: bool
+
+
+class Sidecar:
+    """One run over one state directory. `stop` ends it in order; `stop_now` does not wait for what is in flight.
+
+    Args: `grace_seconds`, how long `stop` lets the batches in flight finish.
+    """
+
+    def __init__(self, config: Config, where: str, grace_seconds: float) -> None:
+        self._config = config
+        self._url = endpoint_of(config, where)
+        self._grace_seconds = grace_seconds
+        settings = config.openmeter
+        self._mapper = Mapper(config.metering)
+        self._batcher = Batcher(settings.batch.max_events, settings.batch.max_bytes, settings.batch.max_wait_seconds)
+        self._ledger = Ledger()
+        self._batches: asyncio.Queue[Batch] = asyncio.Queue(maxsize=settings.max_in_flight)
+        self._settled = asyncio.Event()
+        self._uncommitted: list[Settled] = []
+        self._shipped = False
+        self._stop = asyncio.Event()
+        self._stop_now = asyncio.Event()
+
+    def stop(self) -> None:
+        """Stop reading, finish what is in flight within the grace period, checkpoint."""
+        self._stop.set()
+
+    def stop_now(self) -> None:
+        """Leave what is in flight for the next start; what was acknowledged is still checkpointed."""
+        self._stop.set()
+        self._stop_now.set()
+
+    async def run(self) -> Stopped:
+        """Run until stopped.
+
+        Raises: StateInUse, StateError, ConfigError before anything is read.
+        """
+        async with AsyncExitStack() as stack:
+            stack.enter_context(StateLock(self._config.state.directory))
+            checkpoint = stack.enter_context(Checkpoint(self._config.state.directory))
+            endpoint = await stack.enter_async_context(Endpoint(self._url, self._config.openmeter))
+            files = FileSet(self._config.inputs.files, checkpoint, time.monotonic)
+            stack.callback(files.close)
+            tailer = Tailer(files)
+            shipper = Shipper(endpoint, self._config.openmeter.retry, self._batches, self._accepted)
+            log.info("started: events go to %s", self._url)
+            try:
+                await tailer.start()
+            except sqlite3.OperationalError as error:
+                raise StateError(f"{self._config.state.directory}: can't be written: {error}") from None
+            # The committer is outside the tasks that a stop cancels: a commit is never cut off half-way.
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._commit_settled(checkpoint))
+                await self._read_and_ship(tailer, shipper)
+                self._shipped = True
+                self._settled.set()
+            stopped = Stopped(self._ledger.unsettled_events, self._stop_now.is_set())
+            log.info("stopped%s: %d events left for the next start", _how(stopped), stopped.unsettled_events)
+            return stopped
+
+    async def _read_and_ship(self, tailer: Tailer, shipper: Shipper) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            reader = tasks.create_task(self._read(tailer))
+            workers = [tasks.create_task(shipper.work()) for _ in range(self._config.openmeter.max_in_flight)]
+            watcher = tasks.create_task(tailer.watch())
+            await self._stop.wait()
+            tailer.stop()
+            drained = tasks.create_task(self._drain(reader))
+            forced = tasks.create_task(self._stop_now.wait())
+            await asyncio.wait({drained, forced}, timeout=self._grace_seconds, return_when=asyncio.FIRST_COMPLETED)
+            for task in (reader, drained, forced, watcher, *workers):
+                task.cancel()
+
+    async def _drain(self, reader: "asyncio.Task[None]") -> None:
+        await asyncio.wait({reader})
+        await self._batches.join()
+
+    # Reading: lines become spans, spans become batches
+
+    async def _read(self, tailer: Tailer) -> None:
+        while not self._stop.is_set():
+            block = await tailer.next_block(self._batcher.wait_seconds(time.monotonic()))
+            if block is not None:
+                self._take(block)
+            for batch in self._batcher.take_due(time.monotonic()):
+                await self._batches.put(batch)  # the bound of this queue is what stops reading during an outage
+        for batch in self._batcher.take_due(time.monotonic(), all_of_it=True):
+            await self._batches.put(batch)
+
+    def _take(self, block: Block) -> None:
+        if block.overlong:
+            mapped = overlong_line(block.data, block.start_offset, block.end_offset)
+        else:
+            mapped = self._mapper.map_lines(block.data, block.start_offset)
+        span = Span.of(block.file_id, block.end_offset, block.tail, mapped)
+        self._ledger.opened(span)
+        self._batcher.add(span, mapped.events, time.monotonic())
+        if not mapped.events:
+            self._settled.set()
+
+    # Settling: acknowledgements become commits
+
+    def _accepted(self, batch: Batch) -> None:
+        self._ledger.acknowledged(batch)
+        self._settled.set()
+
+    async def _commit_settled(self, checkpoint: Checkpoint) -> None:
+        """Commit what is settled, until everything that was shipped is."""
+        while True:
+            await self._settled.wait()
+            self._settled.clear()
+            last = self._shipped
+            committed = await self._commit(checkpoint)
+            if last:
+                return
+            await asyncio.sleep(COMMIT_INTERVAL_SECONDS if committed else COMMIT_RETRY_SECONDS)
+
+    async def _commit(self, checkpoint: Checkpoint) -> bool:
+        self._uncommitted = merge(self._uncommitted, self._ledger.take_settled())
+        if not self._uncommitted:
+            return True
+        try:
+            await asyncio.to_thread(checkpoint.commit, self._uncommitted)
+        except sqlite3.OperationalError as error:
+            log.error("positions can't be written (%s); nothing is lost, trying again", error)
+            self._settled.set()
+            return False
+        self._uncommitted = []
+        return True
+
+
+def _how(stopped: Stopped) -> str:
+    if stopped.forced:
+        return " at once"
+    return " before the endpoint took everything" if stopped.unsettled_events else ""

@@ -1,0 +1,108 @@
+"""Follows the configured files and yields blocks of whole lines: the async face of `files`.
+
+Owns the waiting: for changes that the kernel reports (watchfiles), and a poll for file systems that report none. All
+blocking file work goes to a thread here, one call at a time. Never maps a line and never moves a position.
+"""
+
+import asyncio
+import logging
+import sqlite3
+import time
+
+from watchfiles import awatch
+
+from metershipper.files import FileSet
+from metershipper.followed import Block
+
+log = logging.getLogger("metershipper.tailer")
+
+# New, renamed and rotated files are found within this; it also is the poll where the kernel reports no changes.
+POLL_SECONDS = 0.5
+# Kernel events are gathered for this long before they wake the reader: a busy log would report every line.
+WATCH_STEP_MS = 50
+WATCH_DEBOUNCE_MS = 100
+
+
+class Tailer:
+    """Blocks of lines from a `FileSet`, as they appear. One reader at a time."""
+
+    def __init__(self, files: FileSet, poll_seconds: float = POLL_SECONDS) -> None:
+        self._files = files
+        self._poll_seconds = poll_seconds
+        self._wake = asyncio.Event()
+        self._scan_at = 0.0
+        self._directories: set[str] = set()
+        self._directories_changed = asyncio.Event()
+        self._stopped = False
+
+    async def start(self) -> None:
+        """Find the files and where to read on. Raises what the checkpoint raises."""
+        await asyncio.to_thread(self._files.load)
+        await self._scan()
+
+    def stop(self) -> None:
+        """Read nothing more: a waiting `next_block` returns."""
+        self._stopped = True
+        self._wake.set()
+
+    async def next_block(self, wait_seconds: float | None) -> Block | None:
+        """The next block; None when there was none for `wait_seconds` or a poll's length, whichever is shorter."""
+        self._wake.clear()
+        if self._stopped:
+            return None
+        block = await self._look()
+        if block is not None:
+            return block
+        until_scan = max(0.0, self._scan_at - time.monotonic())
+        try:
+            async with asyncio.timeout(until_scan if wait_seconds is None else min(until_scan, wait_seconds)):
+                await self._wake.wait()
+        except TimeoutError:
+            return None
+        return None if self._stopped else await self._look()
+
+    async def _look(self) -> Block | None:
+        try:
+            if time.monotonic() >= self._scan_at:
+                await self._scan()
+            return await asyncio.to_thread(self._files.next_block)
+        except sqlite3.OperationalError as error:
+            # What is read must be known to the checkpoint first: nothing was stepped over.
+            log.error("files can't be recorded (%s); nothing is lost, trying again", error)
+            self._scan_at = time.monotonic() + self._poll_seconds
+            return None
+
+    async def _scan(self) -> None:
+        await asyncio.to_thread(self._files.scan)
+        self._scan_at = time.monotonic() + self._poll_seconds
+        directories = self._files.directories()
+        if directories != self._directories:
+            self._directories = directories
+            self._directories_changed.set()
+
+    async def watch(self) -> None:
+        """Wake the reader on every change in the followed directories, until cancelled."""
+        while True:
+            self._directories_changed.clear()
+            if not self._directories:
+                await self._directories_changed.wait()
+                continue
+            try:
+                await self._watch(sorted(self._directories))
+            except (OSError, RuntimeError) as error:
+                # No inotify here, or no watches left: the poll goes on, and a change of directories tries again.
+                log.warning("the kernel reports no changes (%s); looking every %g s", error, self._poll_seconds)
+                await self._directories_changed.wait()
+
+    async def _watch(self, directories: list[str]) -> None:
+        changes = awatch(
+            *directories,
+            watch_filter=None,
+            debounce=WATCH_DEBOUNCE_MS,
+            step=WATCH_STEP_MS,
+            stop_event=self._directories_changed,
+            recursive=False,
+            ignore_permission_denied=True,
+        )
+        async for _ in changes:
+            self._wake.set()
