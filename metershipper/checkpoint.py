@@ -291,7 +291,9 @@ class Checkpoint:
                 "SELECT file_id, path, device, inode, head_bytes, head_hash, tail_bytes, tail_hash, position, history"
                 " FROM files ORDER BY file_id"
             ).fetchall()
-        return [StoredFile(*r[:4], Sample(*r[4:6]), Sample(*r[6:8]), r[8], bool(r[9])) for r in rows]
+        return [
+            StoredFile(r[0], r[1], r[2], r[3], Sample(r[4], r[5]), Sample(r[6], r[7]), r[8], bool(r[9])) for r in rows
+        ]
 
     def inputs(self) -> set[str]:
         """The configured paths that were followed before."""

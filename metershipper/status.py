@@ -1,6 +1,7 @@
 """What the checkpoint says, as a report: positions, lag, books, dead letters. Reads only; works while `run` runs."""
 
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,27 +59,24 @@ def read_status(directory: Path) -> Status:
 
 
 def _file_status(file: StoredFile) -> FileStatus:
-    size = _size(file)
-    return FileStatus(file.path, file.position, size, None if size is None else max(0, size - file.position))
+    path, size = _present(file)
+    return FileStatus(path, file.position, size, None if size is None else max(0, size - file.position))
 
 
-def _size(file: StoredFile) -> int | None:
-    """The size of the file with the recorded identity, whatever it is called in its directory now."""
-    wanted = file.device, file.inode
+def _present(file: StoredFile) -> tuple[str, int | None]:
+    """What the recorded file is called in its directory now, and its size; its last path and None when it is gone."""
+    directory = os.path.dirname(file.path)
     try:
-        status = os.stat(file.path)
-        if (status.st_dev, status.st_ino) == wanted:
-            return status.st_size
+        names = [os.path.basename(file.path), *sorted(os.listdir(directory or "."))]
     except OSError:
-        pass
-    try:
-        with os.scandir(os.path.dirname(file.path) or ".") as entries:
-            for entry in entries:
-                if entry.inode() == file.inode and entry.stat().st_dev == file.device:
-                    return entry.stat().st_size
-    except OSError:
-        pass
-    return None
+        return file.path, None
+    for name in names:
+        path = os.path.join(directory, name)
+        with suppress(OSError):
+            status = os.stat(path)
+            if (status.st_dev, status.st_ino) == (file.device, file.inode):
+                return path, status.st_size
+    return file.path, None
 
 
 def render(status: Status) -> None:

@@ -47,7 +47,7 @@ OUTCOMES: Final[dict[str, list[tuple[int, list[int]]]]] = {
     "hit": [(200, [])],
 }
 SINCE: Final = {"upstream_status": (3, 3), "source": (3, 6), "workspace": (3, 7), "workspace_name": (3, 7)}
-CONSUMERS: Final = ("acme", "globex", "initech", "umbrella", "hooli")
+CONSUMERS: Final = ("acme", "globex", "initech")
 MODELS: Final = (  # provider, the model asked for, the model that answered
     ("openai", "gpt-4o-mini", "gpt-4o-mini-2024-07-18"),
     ("azure", "gpt-4o", "gpt-4o-2024-11-20"),
