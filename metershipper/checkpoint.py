@@ -187,7 +187,7 @@ class Checkpoint:
     def _open(self) -> sqlite3.Connection:
         if self._read_only:
             if not self._path.exists():
-                raise StateError(f"{self._path}: nothing was recorded yet; start `metershipper run` first")
+                raise self._nothing_recorded()
             uri = f"{self._path.absolute().as_uri()}?mode=ro"
             return sqlite3.connect(uri, uri=True, timeout=5, isolation_level=None, check_same_thread=False)
         try:
@@ -205,6 +205,8 @@ class Checkpoint:
                 "run that version"
             )
         if self._read_only:
+            if version == 0:  # just being created
+                raise self._nothing_recorded()
             return
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
@@ -213,6 +215,9 @@ class Checkpoint:
                 for statement in _SCHEMA.split(";\n"):
                     self._db.execute(statement)
                 self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+
+    def _nothing_recorded(self) -> StateError:
+        return StateError(f"{self._path}: nothing was recorded yet; start `metershipper run` first")
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

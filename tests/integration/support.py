@@ -1,0 +1,212 @@
+"""An endpoint that fails on purpose, and the sidecar as a process: what the guarantees are tested with."""
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import orjson
+
+from metershipper.books import Books, Count
+from metershipper.checkpoint import Checkpoint
+from metershipper.config import Metering, Subject
+from metershipper.errors import StateError
+from metershipper.mapper import Mapper
+from metershipper.sandbox import Store, accept
+
+DEADLINE_SECONDS = 60.0
+
+# What the endpoint does with a request: store it or not, and answer, answer 503, or close without an answer.
+Fault = str
+FAULTS: tuple[Fault, ...] = ("503 before", "503 after", "closed before", "closed after")
+
+
+@dataclass
+class FaultyEndpoint:
+    """A v1 ingest endpoint on loopback that stores events as the sandbox does, and fails at the given rate.
+
+    Used as a context manager; it serves from a thread of its own. `rate` may be changed at any time.
+    """
+
+    rate: float = 0.0
+    seed: int = 1
+    faults: tuple[Fault, ...] = FAULTS
+    store: Store = field(default_factory=Store)
+    requests: int = 0
+    failed: int = 0
+    answering: threading.Event = field(default_factory=threading.Event)  # while clear, requests wait for an answer
+    port: int = 0
+
+    def __enter__(self) -> "FaultyEndpoint":
+        self.answering.set()
+        self._random = random.Random(self.seed)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._ready = threading.Event()
+        self._thread.start()
+        assert self._ready.wait(DEADLINE_SECONDS)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(DEADLINE_SECONDS)
+        self._loop.close()
+        self.store.close()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/api/v1/events"
+
+    def ids(self) -> list[str]:
+        """The ids of the stored events, in the order in which they came."""
+        ids: list[str] = []
+        after = 0
+        while rows := self.store.lines(after):
+            ids += [orjson.loads(event)["id"] for _, event in rows]
+            after = rows[-1][0]
+        return ids
+
+    def _serve(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_until_complete(self._main())
+
+    async def _main(self) -> None:
+        self._stop = asyncio.Event()
+        server = await asyncio.start_server(self._connection, "127.0.0.1", self.port)
+        self.port = server.sockets[0].getsockname()[1]
+        self._ready.set()
+        async with server:
+            await self._stop.wait()
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while await self._exchange(reader, writer):
+                pass
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.close()
+
+    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+        headers = dict(line.split(": ", 1) for line in head.split("\r\n")[1:] if line)
+        body = await reader.readexactly(int(headers["content-length"]))
+        self.requests += 1
+        await asyncio.to_thread(self.answering.wait)
+        fault = self._random.choice(self.faults) if self._random.random() < self.rate else ""
+        if not fault.endswith("before"):
+            accept(self.store, "v1", body, headers["content-type"])
+        if fault:
+            self.failed += 1
+            if fault.startswith("closed"):
+                return False
+            writer.write(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
+        else:
+            writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+        await writer.drain()
+        return True
+
+
+@dataclass
+class Site:
+    """A directory with a log, a state directory and a configuration, and the sidecar run over it."""
+
+    directory: Path
+    url: str
+    extra: str = ""
+
+    def __post_init__(self) -> None:
+        self.log = self.directory / "usage.log"
+        self.state = self.directory / "state"
+        self.config = self.directory / "config.toml"
+        self.errors = self.directory / "run.log"
+        self.config.write_text(
+            f"""
+[openmeter]
+ingest_endpoint = "{self.url}"
+timeout_seconds = 2.0
+[openmeter.batch]
+max_events = 50
+max_wait_seconds = 0.05
+[openmeter.retry]
+initial_delay_seconds = 0.02
+max_delay_seconds = 0.2
+[[inputs.files]]
+path = "{self.log}"
+[state]
+directory = "{self.state}"
+[metering.subject]
+field = "username"
+{self.extra}
+""",
+            encoding="utf-8",
+        )
+
+    @contextmanager
+    def running(self, *options: str) -> Iterator["subprocess.Popen[bytes]"]:
+        """`metershipper run` as a process; it does not outlive the block."""
+        with self.errors.open("ab") as errors:
+            command = [sys.executable, "-m", "metershipper", "run", "-c", str(self.config), *options]
+            with subprocess.Popen(command, stderr=errors) as process:
+                try:
+                    yield process
+                finally:
+                    process.kill()
+
+    def books(self) -> Books:
+        """The committed books; empty before there is a checkpoint."""
+        try:
+            with Checkpoint(self.state, read_only=True) as checkpoint:
+                return checkpoint.books()
+        except StateError:
+            return Books()
+
+    def wait_for_lines(self, process: "subprocess.Popen[bytes]", lines: int) -> None:
+        """Wait until that many lines are settled."""
+        wait_until(lambda: self.books()[Count.LINES] >= lines, lambda: self.story(process))
+
+    def story(self, process: "subprocess.Popen[bytes]") -> str:
+        """What to print when a wait was in vain."""
+        return f"exit code {process.poll()}, {dict(self.books())}\n{self.errors.read_text()[-3000:]}"
+
+
+def stop(process: "subprocess.Popen[bytes]") -> int:
+    """SIGTERM, and the exit code."""
+    process.send_signal(signal.SIGTERM)
+    return process.wait(DEADLINE_SECONDS)
+
+
+def wait_until(condition: Callable[[], bool], story: Callable[[], str] = str) -> None:
+    """Poll for a condition of another process, which has no event to wait for."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, story()
+        time.sleep(0.01)
+
+
+def append(path: Path, *lines: bytes) -> None:
+    """Append lines as Kong's file-log does: one write for each, to a file opened for appending."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        for line in lines:
+            os.write(fd, line)
+    finally:
+        os.close(fd)
+
+
+def expected_ids(lines: list[bytes]) -> list[str]:
+    """The ids of the events that these lines must become, in order."""
+    return [event.id for event in Mapper(Metering(subject=Subject(field="username"))).map_lines(b"".join(lines)).events]
