@@ -1,6 +1,7 @@
 """`check`: the configuration in plain words, and the proof that endpoint and token work. Changes nothing anywhere."""
 
 import glob
+import ipaddress
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -103,7 +104,11 @@ def _destination(settings: OpenMeter, url: str, has_token: bool) -> str:
 def _is_plain_and_remote(url: str) -> bool:
     parts = urlsplit(url)
     host = parts.hostname or ""
-    return parts.scheme == "http" and host not in ("localhost", "::1") and not host.startswith("127.")
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    return parts.scheme == "http" and not local
 
 
 async def prove_connection(config: Config, where: str) -> Proof:

@@ -5,6 +5,7 @@ to stderr. Never holds logic of its own. Imports are made where they are used, s
 import asyncio
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -69,7 +70,7 @@ def cli() -> None:
     help="How long a stop lets batches in flight finish.",
 )
 def run(config_path: Path | None, grace_seconds: float) -> None:
-    """The sidecar: follow files and ship their usage until SIGTERM.
+    """Follow files and ship their usage until SIGTERM.
 
     The first SIGTERM or SIGINT stops reading, finishes what is in flight and checkpoints; a second one stops at once.
     After either nothing is lost: what was not acknowledged is read again at the next start.
@@ -107,9 +108,10 @@ async def _run_until_signalled(sidecar: Any) -> bool:
 @_config_option
 @click.argument("paths", nargs=-1, metavar="[PATH]...")
 def map_command(config_path: Path | None, paths: tuple[str, ...]) -> None:
-    """Pure filter: entries from files or stdin (-), usage events as NDJSON on stdout, a summary on stderr.
+    """Turn entries into usage events, as a pure filter.
 
-    Touches no network and no state, and works with no configuration at all.
+    Entries come from files or stdin (-), usage events go to stdout as NDJSON, a summary to stderr. Touches no network
+    and no state, and works with no configuration at all.
 
     \b
     Example:
@@ -125,7 +127,10 @@ def map_command(config_path: Path | None, paths: tuple[str, ...]) -> None:
 @_config_option
 @click.option("--connect", is_flag=True, help="Also prove the endpoint and the token, with an empty batch.")
 def check(config_path: Path | None, connect: bool) -> None:
-    """Validate the configuration and say in words what will be metered, for whom, from where, to where."""
+    """Validate the configuration and say what it does.
+
+    In words: what will be metered, for whom, from where, to where.
+    """
     from metershipper.check import explain, prove_connection
 
     config, where = _load(config_path)
@@ -141,7 +146,10 @@ def check(config_path: Path | None, connect: bool) -> None:
 @_config_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def status(config_path: Path | None, as_json: bool) -> None:
-    """Positions, lag, books and dead letters, as of the last checkpoint; works while `run` runs."""
+    """Show positions, lag, books and dead letters.
+
+    As of the last checkpoint; works while `run` runs.
+    """
     import orjson
 
     from metershipper.status import read_status, render
@@ -162,29 +170,37 @@ def status(config_path: Path | None, as_json: bool) -> None:
     help="Keep the events in this SQLite file.  [default: in memory]",
 )
 def sandbox(listen: str, database: Path | None) -> None:
-    """An embedded endpoint that accepts usage events as OpenMeter does, for evaluation and tests.
+    """Serve an endpoint like OpenMeter's, for evaluation.
 
-    It validates events, stores each (source, id) once, lists them (GET /api/v1/events) and sums usage
-    (GET /sandbox/usage). It is no OpenMeter: no meters, no customers, no billing, no authentication.
+    It accepts usage events as OpenMeter does, for evaluation and tests: it validates events, stores each (source, id)
+    once, lists them (GET /api/v1/events) and sums usage (GET /sandbox/usage). It is no OpenMeter: no meters, no
+    customers, no billing, no authentication.
     """
     from metershipper.sandbox import serve
 
     host, _, port = listen.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
         raise UsageError(f"--listen {listen}: not HOST:PORT, for instance 127.0.0.1:8888")
+
+    def announce(url: str) -> None:
+        click.echo(url)
+        click.echo(f"ingest: {url}/api/v1/events (v1), {url}/api/v3/openmeter/events (v3)", err=True)
+        click.echo(f"look:   {url}/api/v1/events, {url}/sandbox/usage, {url}/sandbox/counts", err=True)
+
     try:
-        serve(host.strip("[]"), int(port), database, click.echo)
+        serve(host.strip("[]"), int(port), database, announce)
     except OSError as error:
-        raise UsageError(f"--listen {listen}: {error.strerror or error}") from None
+        # One without strerror comes from the database and names it.
+        raise UsageError(f"--listen {listen}: {error.strerror}" if error.strerror else f"--database {error}") from None
 
 
 @cli.command()
 @click.option("--keep", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Keep all files here.")
 def demo(keep: Path | None) -> None:
-    """See it work in under 30 s, with no account and no configuration.
+    """See it work in under 30 s, with no account.
 
-    Kong-like traffic goes into a log file; a real `run` ships it to a sandbox on loopback and is killed with SIGKILL
-    half-way; at the end the sandbox's books are held against what was written.
+    No configuration either. Kong-like traffic goes into a log file; a real `run` ships it to a sandbox on loopback
+    and is killed with SIGKILL half-way; at the end the sandbox's books are held against what was written.
     """
     from metershipper.demo import run_demo
 

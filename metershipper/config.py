@@ -8,11 +8,22 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from metershipper.errors import ConfigError
@@ -40,7 +51,15 @@ NOT_YET = {
     "metering.rules": "scoped rules are not part of this version: [metering] holds for all entries",
 }
 
+
+def _checked_path(value: Any) -> Any:
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+        raise PydanticCustomError("path_type", "should be a path: text that is not empty and holds no NUL character")
+    return value
+
+
 PositiveSeconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
+CheckedPath = Annotated[Path, BeforeValidator(_checked_path)]
 
 
 class _Section(BaseModel):
@@ -73,10 +92,10 @@ class OpenMeter(_Section):
 
     ingest_endpoint: str | None = None
     api_token: SecretStr | None = None
-    api_token_file: Path | None = None
+    api_token_file: CheckedPath | None = None
     timeout_seconds: PositiveSeconds = 10.0
     ssl_verify: bool = True
-    ca_file: Path | None = None
+    ca_file: CheckedPath | None = None
     max_in_flight: int = Field(4, gt=0, le=64)
     batch: Batch = Batch()
     retry: Retry = Retry()
@@ -110,9 +129,8 @@ class FileInput(_Section):
 
     @field_validator("path")
     @classmethod
-    def _checked_path(cls, path: str) -> str:
-        if "\0" in path:
-            raise ValueError("a path can't hold a NUL character")
+    def _checked_log(cls, path: str) -> str:
+        _checked_path(path)
         if path.endswith((".gz", ".zst")):
             raise ValueError("a compressed file does not grow; follow the log Kong writes")
         return path
@@ -136,7 +154,7 @@ class Inputs(_Section):
 class State(_Section):
     """Where positions, books and dead letters are kept: one directory for one process."""
 
-    directory: Path = Path("/var/lib/metershipper")
+    directory: CheckedPath = Path("/var/lib/metershipper")
 
 
 class Subject(_Section):
@@ -233,7 +251,7 @@ def load_config(path: Path | None) -> Config:
     """
     values = _read_toml(path) if path is not None else {}
     where = str(path) if path is not None else "configuration"
-    problems = _not_yet(values, where) + _unknown_variables(os.environ)
+    problems = _not_yet(values, where) + _reserved(values, where) + _unknown_variables(os.environ)
     if problems:
         raise ConfigError("\n".join(problems))
     try:
@@ -276,7 +294,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not UTF-8 text; a configuration is TOML") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers and nesting beyond what Python reads
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
 
 
@@ -292,6 +310,11 @@ def _not_yet(values: Mapping[str, Any], where: str) -> list[str]:
     return [f"{where}: {key}: {reason}" for key, reason in NOT_YET.items() if stands(key)]
 
 
+def _reserved(values: Mapping[str, Any], where: str) -> list[str]:
+    """Keys that pydantic-settings would take for its own options, such as `_env_file`."""
+    return [f"{where}: {key}: unknown key{_suggestion((key,))}" for key in values if key.startswith("_")]
+
+
 def _unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """Variables of ours that name no section.
 
@@ -299,26 +322,36 @@ def _unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """
     sections = sorted(Config.model_fields)
     ours = [name for name in environment if name.startswith(ENV_PREFIX) and ENV_DELIMITER in name]
-    unknown = [n for n in ours if n.removeprefix(ENV_PREFIX).split(ENV_DELIMITER)[0].lower() not in sections]
-    return [f"environment: {name}: unknown section; known are {', '.join(sections)}" for name in sorted(unknown)]
+    named = {name: name.removeprefix(ENV_PREFIX).split(ENV_DELIMITER)[0].lower() for name in sorted(ours)}
+    unknown = f"unknown section; known are {', '.join(sections)}"
+    return [f"environment: {n}: {NOT_YET.get(name, unknown)}" for n, name in named.items() if name not in sections]
 
 
 def _problem(detail: dict[str, Any], where: str) -> str:
     location: tuple[Any, ...] = detail["loc"]
     key = ".".join(str(part) for part in location)
-    variable = ENV_PREFIX + ENV_DELIMITER.join(str(part).upper() for part in location if not isinstance(part, int))
-    origin = f"environment variable {variable}" if _in_environment(variable) else where
+    origin = _variable_of(detail) or where
     if detail["type"] == "extra_forbidden":
-        return f"{origin}: {key}: unknown key{_suggestion(location)}"
-    # Only numbers and the words of a closed list are repeated: any other input might be a secret in the wrong place.
-    given, listed = detail["input"], detail["type"] == "literal_error"
-    shown = f" (it is {given!r})" if isinstance(given, int | float) or (listed and isinstance(given, str)) else ""
+        return f"{origin}: {key}: {NOT_YET.get(key) or f'unknown key{_suggestion(location)}'}"
+    # Only numbers where a number belongs, and the words of a closed list, are repeated: any other input might be a
+    # secret in the wrong place.
+    given, kind = detail["input"], detail["type"]
+    number = isinstance(given, int | float) and not kind.endswith("_type") and kind != "value_error"
+    shown = f" (it is {given!r:.40})" if number or (kind == "literal_error" and isinstance(given, str)) else ""
     message = str(detail["msg"]).removeprefix("Value error, ").replace("Input should", "should", 1)
     return f"{origin}: {key}: {message}{shown}"
 
 
-def _in_environment(variable: str) -> bool:
-    return variable in {name.upper() for name in os.environ}
+def _variable_of(detail: dict[str, Any]) -> str | None:
+    """The environment variable a problem comes from; None when it comes from the file."""
+    keys = takewhile(lambda part: not isinstance(part, int), detail["loc"])  # a list comes from one variable as JSON
+    variable = ENV_PREFIX + ENV_DELIMITER.join(str(part).upper() for part in keys)
+    ours = sorted(name.upper() for name in os.environ)
+    if variable in ours:
+        return f"environment variable {variable}"
+    # A section as a whole is made of file and environment; any other value that has keys below it came from these.
+    deeper = [name for name in ours if name.startswith(variable + ENV_DELIMITER)]
+    return f"environment variable {deeper[0]}" if deeper and detail["type"] != "value_error" else None
 
 
 def _suggestion(location: tuple[Any, ...]) -> str:
@@ -345,12 +378,14 @@ def _checked_url(url: str) -> str:
     try:
         parts = urlsplit(url)
         port_is_valid = parts.port is None or parts.port > 0
-    except ValueError as error:
-        raise ValueError(f"not a URL: {error}") from None
+    except ValueError:  # its words would repeat a part of the URL, which may hold a password
+        raise ValueError("not a URL: host or port can't be read") from None
     if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_valid:
         raise ValueError("not an http:// or https:// URL")
     if parts.username is not None or parts.password is not None:
         raise ValueError("holds credentials; put the token into api_token_file instead")
+    if not url.isprintable() or " " in url:
+        raise ValueError("holds a space, a line break or a control character")
     if "{" in url:
         raise ValueError("still holds a {placeholder}; write the region, for instance us or eu")
     if parts.query or parts.fragment:

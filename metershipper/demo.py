@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from metershipper.books import Books, Count
-from metershipper.errors import StateError
+from metershipper.errors import StateError, UsageError
 from metershipper.status import read_status
 from metershipper.traffic import Traffic, Truth
 
@@ -98,7 +98,13 @@ def run_demo(keep: Path | None) -> bool:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="metershipper-demo-")))
         else:
             directory = keep
-            directory.mkdir(parents=True, exist_ok=True)
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                used = any(directory.iterdir())
+            except OSError as error:
+                raise UsageError(f"--keep {keep}: can't be used: {error.strerror}") from None
+            if used:  # the books of an earlier demo would be counted as this one's
+                raise UsageError(f"--keep {keep}: not empty; name a new or an empty directory")
         try:
             outcome = _Demo(directory.resolve(), console).run()
         except (DemoFailed, OSError, httpx.HTTPError) as error:
@@ -141,7 +147,7 @@ class _Demo:
         self._traffic = Traffic(SEED, started_at_ms=int(time.time() * 1000))
 
     def run(self) -> Outcome:
-        with _process("sandbox", "--listen", "127.0.0.1:0", out=subprocess.PIPE) as sandbox:
+        with self._sandbox() as sandbox:
             assert sandbox.stdout is not None
             url = sandbox.stdout.readline().strip()
             if not url:
@@ -172,6 +178,9 @@ class _Demo:
                 counts = client.get("/sandbox/counts").raise_for_status().json()
                 usage = client.get("/sandbox/usage").raise_for_status().json()["usage"]
             return Outcome(self._traffic.truth, books, counts, usage)
+
+    def _sandbox(self) -> AbstractContextManager["subprocess.Popen[str]"]:
+        return _process("sandbox", "--listen", "127.0.0.1:0", out=subprocess.PIPE, errors=subprocess.DEVNULL)
 
     @contextmanager
     def _sidecar(self) -> Iterator["subprocess.Popen[str]"]:

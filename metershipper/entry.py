@@ -221,8 +221,9 @@ def _convert(wanted: Any, value: Any) -> Any:
     """`value` as `wanted`, one of the types used by the structs above; what has no meaning there becomes None."""
     origin = typing.get_origin(wanted)
     if origin in (typing.Union, types.UnionType):
-        wanted = next(option for option in typing.get_args(wanted) if option is not type(None))
-        return _convert(wanted, value)
+        options = typing.get_args(wanted)
+        is_text = isinstance(value, str) and str in options
+        return _convert(str if is_text else next(o for o in options if o is not type(None)), value)
     if origin is dict:
         item = typing.get_args(wanted)[1]
         return {clean_text(k): _convert(item, v) or item() for k, v in value.items()} if _is_object(value) else None
@@ -243,9 +244,10 @@ def _is_object(value: Any) -> bool:
 
 
 def _clean(value: Any) -> Any:
+    """A header or query value with its text cleaned: a string or a list of them. What is nested deeper has no reader."""
     if isinstance(value, str):
         return clean_text(value)
-    return [_clean(item) for item in value] if isinstance(value, list) else value
+    return [clean_text(item) if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
 
 
 def _as_text(value: Any) -> str | None:

@@ -16,7 +16,7 @@ import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from metershipper.checkpoint import NewFile, Sample, StoredFile
@@ -53,12 +53,16 @@ class Registry(Protocol):
 
 @dataclass(slots=True)
 class _Found:
-    """A file seen in a directory, not yet followed. `lineage`: the path of the log that it is part of."""
+    """A file seen in a directory, not yet followed. `lineage`: the path of the log that it is part of.
+
+    Not `named`: it has the inode of a part of that log, but a name that rotation does not give.
+    """
 
     path: str
     lineage: str
     status: os.stat_result
     from_end: bool = False
+    named: bool = True
 
     @property
     def identity(self) -> Identity:
@@ -84,6 +88,7 @@ class FileSet:
     max_line_bytes: int = MAX_LINE_BYTES
     _lineages: dict[str, list[FollowedFile]] = field(default_factory=dict)  # oldest file first
     _records: dict[Identity, StoredFile] = field(default_factory=dict)  # of files that are not open
+    _superseded: list[StoredFile] = field(default_factory=list)  # of content that is not where it was read
     _known_inputs: set[str] = field(default_factory=set)
     _listed: dict[str, tuple[int, float]] = field(default_factory=dict)  # directory: its mtime, when it was listed
     _complaints: dict[str, str] = field(default_factory=dict)
@@ -93,7 +98,9 @@ class FileSet:
     def load(self) -> None:
         """Read what is durable. Call once, before `scan`."""
         for file in self.registry.files():
-            if file.device is not None and file.inode is not None:
+            if file.device is None or file.inode is None:
+                self._superseded.append(file)
+            else:
                 self._records[file.device, file.inode] = file
         self._known_inputs = self.registry.inputs()
 
@@ -130,6 +137,7 @@ class FileSet:
         return None
 
     def _read(self, file: FollowedFile) -> Block | None:
+        unread = file.unread_bytes()
         try:
             if file.was_replaced():
                 self._begin_again(file)
@@ -139,7 +147,7 @@ class FileSet:
         except OSError as error:
             self._complain(file.path, f"can't be read: {error.strerror}; trying again")
             return None
-        if block is not None:
+        if block is not None or file.unread_bytes() != unread:
             file.active_at = self.clock()
         return block
 
@@ -155,9 +163,11 @@ class FileSet:
         unread = file.unread_bytes()
         lost = f", {unread} bytes before they were read" if unread else ""
         log.warning("%s: truncated at byte %d%s; reading its new content", file.path, file.offset, lost)
-        head = read_head(file.fd)
+        head, old = read_head(file.fd), file.record()
         new = NewFile(file.path, *file.identity, head, supersedes=file.file_id)
         (file.file_id,) = self.registry.register([new])
+        self._superseded.append(replace(old, device=None, inode=None))
+        self._listed.clear()  # what was not read may be in a copy that was made before the file was truncated
         file.start_at(0, head)
 
     # Finding
@@ -167,7 +177,7 @@ class FileSet:
         current = self._find_current()
         self._notice_renames(current)
         for found in self._find_rotated(current):
-            self._open_rotated(found)
+            self._open_rotated(found, current)
         followed = {file.identity for file in self.followed()}
         for identity, found in current.items():
             if identity not in followed:
@@ -185,6 +195,9 @@ class FileSet:
             from_end = entry.read_from == "end" and entry.path not in self._known_inputs
             paths = sorted(glob.glob(entry.path, recursive=True)) if glob.has_magic(entry.path) else [entry.path]
             for path in paths:
+                if not path.isprintable() and path != path.encode(errors="replace").decode():
+                    self._complain(path, "a name that is not UTF-8, so it is not followed")
+                    continue
                 status = self._regular(path)
                 if status is not None:
                     current.setdefault((status.st_dev, status.st_ino), _Found(path, path, status, from_end))
@@ -200,7 +213,7 @@ class FileSet:
             return None
         if stat.S_ISREG(status.st_mode):
             return status
-        if not stat.S_ISDIR(status.st_mode) or not any(path != entry.path for entry in self.inputs):
+        if not stat.S_ISDIR(status.st_mode) or any(path == entry.path for entry in self.inputs):
             self._complain(path, "not a regular file, so it is not followed")
         return None
 
@@ -231,16 +244,13 @@ class FileSet:
                 status = self._regular(candidate.path)
                 if status is None or (status.st_dev, status.st_ino) in skipped:
                     continue
-                lineage = self._lineage_of(candidate.name, status, paths)
-                if lineage is not None:
-                    rotated.append(_Found(candidate.path, lineage, status))
+                named = _lineage_of(candidate.name, paths)
+                record = self._records.get((status.st_dev, status.st_ino))
+                if named is not None:
+                    rotated.append(_Found(candidate.path, named, status))
+                elif record is not None and record.path in paths:
+                    rotated.append(_Found(candidate.path, record.path, status, named=False))
         return sorted(rotated, key=lambda found: found.status.st_mtime_ns)
-
-    def _lineage_of(self, name: str, status: os.stat_result, paths: set[str]) -> str | None:
-        record = self._records.get((status.st_dev, status.st_ino))
-        if record is not None and record.path in paths:
-            return record.path
-        return next((path for path in sorted(paths) if is_rotated_name(name, os.path.basename(path))), None)
 
     def _is_input(self, path: str) -> bool:
         return any(fnmatch.fnmatchcase(path, entry.path) for entry in self.inputs)
@@ -263,31 +273,35 @@ class FileSet:
 
     # Opening
 
-    def _open_rotated(self, found: _Found) -> None:
-        record = self._records.get(found.identity)
-        if record is not None and found.status.st_size <= record.position:
-            return
-        with self._opened(found.path) as opened:
+    def _open_rotated(self, found: _Found, current: dict[Identity, _Found]) -> None:
+        with self._opened(found) as opened:
             if opened is not None:
-                self._place_rotated(opened, found, record)
+                self._place_rotated(opened, found, current)
 
-    def _place_rotated(self, opened: _Opened, found: _Found, record: StoredFile | None) -> None:
-        fd = opened.fd
-        if record is not None and holds(fd, record):
-            self._resume(opened, found, record, rotated=True)
-            return
+    def _place_rotated(self, opened: _Opened, found: _Found, current: dict[Identity, _Found]) -> None:
+        fd, size = opened.fd, os.fstat(opened.fd).st_size
+        record = self._records.get(found.identity)
         head = read_head(fd)
-        if not any(known.path == found.lineage for known in self._all_records()):
+        known = record if record is not None and holds(fd, record) else self._moved(fd, head, current)
+        if known is not None:
+            if size > known.position:
+                self._resume(opened, found, known, rotated=True)
+        elif not size or not found.named:
+            return
+        elif not self._was_followed(found.lineage):
             # There before its log was ever followed: history, which `replay` is for.
-            self._record(NewFile(found.path, *found.identity, head, found.status.st_size, history=True))
-        elif head.length and any(known.head == head for known in self._all_records()):
+            self._record(NewFile(found.path, *found.identity, head, size, history=True))
+        elif head.length and any(_is_copy(fd, size, head, known) for known in self._all_records()):
             log.info("%s: a copy of content that is followed already; it is not read", found.path)
         else:
             log.info("%s: rotated before it was seen; reading it from its beginning", found.path)
             self._follow_new(opened, found, NewFile(found.lineage, *found.identity, head), rotated=True)
 
+    def _was_followed(self, lineage: str) -> bool:
+        return lineage in self._known_inputs or any(known.path == lineage for known in self._all_records())
+
     def _open_current(self, found: _Found, current: dict[Identity, _Found]) -> None:
-        with self._opened(found.path) as opened:
+        with self._opened(found) as opened:
             if opened is not None:
                 self._place_current(opened, found, current)
 
@@ -298,35 +312,47 @@ class FileSet:
             self._resume(opened, found, record)
             return
         head = read_head(fd)
-        moved = None if record or not head.length else self._moved(fd, head, current)
+        moved = None if record else self._moved(fd, head, current)
         if moved is not None:
             self._resume(opened, found, moved)
             return
         if record is not None:
             log.warning("%s: holds other content than when it was last read; reading it from its beginning", found.path)
         position = end_of_lines(fd) if found.from_end else 0
-        supersedes = record.file_id if record else None
-        self._follow_new(opened, found, NewFile(found.path, *found.identity, head, position, supersedes))
+        self._follow_new(opened, found, NewFile(found.path, *found.identity, head, position))
 
     def _moved(self, fd: int, head: Sample, current: dict[Identity, _Found]) -> StoredFile | None:
-        """The record of this very content under another device or inode: a remount, a restored volume."""
-        for identity, record in self._records.items():
-            if record.head == head and identity not in current and holds(fd, record):
-                return record
-        return None
+        """The record of this very content, which was read under another device or inode.
+
+        A remount, a restored volume, or a copy that was made before the log was truncated.
+        """
+        records = [record for record in (*self._records.values(), *self._superseded) if record.head == head]
+        moved = [record for record in records if holds(fd, record) and not self._in_place(record, current)]
+        return max(moved, key=lambda record: record.position, default=None) if head.length else None
+
+    def _in_place(self, record: StoredFile, current: dict[Identity, _Found]) -> bool:
+        found = current.get((record.device or 0, record.inode or 0))
+        if found is None:
+            return False
+        with self._opened(found) as opened:
+            return opened is None or holds(opened.fd, record)
+        return True
 
     @contextmanager
-    def _opened(self, path: str) -> Iterator[_Opened | None]:
+    def _opened(self, found: _Found) -> Iterator[_Opened | None]:
         """The file, opened; None when it can't be. It is closed again unless it was kept."""
         try:
-            opened = _Opened(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+            opened = _Opened(os.open(found.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
         except OSError as error:
-            self._complain(path, f"can't be opened: {error.strerror}; trying again")
+            self._complain(found.path, f"can't be opened: {error.strerror}; trying again")
             yield None
             return
-        self._complaints.pop(path, None)
         try:
-            yield opened
+            # Another file has the name by now: the next scan sees it as what it is.
+            yield opened if os.path.samestat(os.fstat(opened.fd), found.status) else None
+            self._complaints.pop(found.path, None)
+        except OSError as error:
+            self._complain(found.path, f"can't be read: {error.strerror}; trying again")
         finally:
             if not opened.kept:
                 os.close(opened.fd)
@@ -345,6 +371,7 @@ class FileSet:
             ),
         )
         self._records.pop((record.device or 0, record.inode or 0), None)
+        self._superseded = [known for known in self._superseded if known.file_id != record.file_id]
 
     def _follow_new(self, opened: _Opened, found: _Found, new: NewFile, *, rotated: bool = False) -> None:
         log.info("%s: following from byte %d", found.path, new.position)
@@ -357,10 +384,14 @@ class FileSet:
     def _follow(self, opened: _Opened, file: FollowedFile) -> None:
         opened.kept = True
         file.active_at = self.clock()
-        self._lineages.setdefault(file.path, []).append(file)
+        files = self._lineages.setdefault(file.path, [])
+        files.insert(sum(known.rotated for known in files) if file.rotated else len(files), file)
 
     def _record(self, new: NewFile) -> StoredFile:
-        (file_id,) = self.registry.register([new])
+        old = self._records.get((new.device, new.inode))
+        (file_id,) = self.registry.register([replace(new, supersedes=old.file_id if old else None)])
+        if old is not None:
+            self._superseded.append(replace(old, device=None, inode=None))
         record = StoredFile(file_id, new.path, new.device, new.inode, new.head, Sample(), new.position)
         self._records[new.device, new.inode] = record
         return record
@@ -375,18 +406,38 @@ class FileSet:
         now = self.clock()
         for lineage, files in list(self._lineages.items()):
             for file in list(files):
-                if file.rotated and not file.has_unread_lines() and now - file.active_at > self.rotated_idle_seconds:
-                    rest = file.read_rest(self.max_line_bytes)
-                    if rest is not None:
-                        self._rests.append(rest)
-                    self._records[file.identity] = file.record()
+                if file.rotated and now - file.active_at > self.rotated_idle_seconds and self._release(file):
                     files.remove(file)
-                    file.close()
             if not files:
                 del self._lineages[lineage]
+
+    def _release(self, file: FollowedFile) -> bool:
+        try:
+            if file.has_unread_lines():
+                return False
+            rest = file.read_rest(self.max_line_bytes)
+        except OSError as error:
+            self._complain(file.path, f"can't be read: {error.strerror}; trying again")
+            return False
+        if rest is not None:
+            self._rests.append(rest)
+        self._records[file.identity] = file.record()
+        file.close()
+        return True
 
     def _complain(self, path: str, problem: str) -> None:
         """Log a problem of a path once, and again only when it changes."""
         if self._complaints.get(path) != problem:
             self._complaints[path] = problem
             log.warning("%s: %s", path, problem)
+
+
+def _lineage_of(name: str, paths: set[str]) -> str | None:
+    """Which of the logs at `paths` rotation gave this name; the longest, as usage-1.log.1 is not of usage.log."""
+    by_length = sorted(paths, key=lambda path: (-len(path), path))
+    return next((path for path in by_length if is_rotated_name(name, os.path.basename(path))), None)
+
+
+def _is_copy(fd: int, size: int, head: Sample, known: StoredFile) -> bool:
+    """Whether the open file holds what was read of a known one, or, while it is being copied, its beginning."""
+    return known.head == head and (size < known.position or holds(fd, known))

@@ -73,6 +73,10 @@ class FollowedFile:
 
     def read_rest(self, max_line_bytes: int) -> Block | None:
         """An unfinished last line, of a file that will not grow any more."""
+        length = self._stat()[0] - self.offset
+        if length > max_line_bytes:
+            kept = os.pread(self.fd, KEPT_OF_OVERLONG_LINE_BYTES, self.offset)
+            return self._advance(kept, length, overlong=True)
         data = os.pread(self.fd, max_line_bytes, self.offset)
         return self._advance(data, len(data)) if data else None
 
@@ -87,7 +91,9 @@ class FollowedFile:
             return True
         if (size, mtime) == self._seen:
             return False
-        return os.pread(self.fd, len(self.tail), self.offset - len(self.tail)) != self.tail
+        if os.pread(self.fd, len(self.tail), self.offset - len(self.tail)) != self.tail:
+            return True
+        return Sample.of(os.pread(self.fd, self.head.length, 0)) != self.head
 
     def unread_bytes(self) -> int:
         """Bytes that were seen in the file and not read, as of the last look."""

@@ -144,8 +144,9 @@ class Mapper:
             found.append(UsageEvent("1.0", base + ":api_request", metering.source, API_REQUEST, subject, time, data))
         failed_calls = 0
         if entry.ai:
-            for call in ai_calls(entry.ai):
-                asked, answered = input_tokens(call.usage), output_tokens(call.usage)
+            # All counts are checked before the first one is booked: a bad one makes the whole line a dead letter.
+            calls = [(call, input_tokens(call.usage), output_tokens(call.usage)) for call in ai_calls(entry.ai)]
+            for call, asked, answered in calls:
                 if self._is_failed(entry, answered):
                     failed_calls += 1 if asked else 0
                     continue

@@ -19,7 +19,7 @@ import httpx
 from metershipper import __version__
 from metershipper.config import OpenMeter, is_token
 from metershipper.errors import ConfigError
-from metershipper.retry import Answer, Verdict, classify
+from metershipper.retry import Answer, Verdict, classify, one_line
 
 # v1 compares it letter by letter, so it carries no charset (openmeter/ingest/httpdriver/ingest.go).
 BATCH_CONTENT_TYPE = "application/cloudevents-batch+json"
@@ -51,19 +51,22 @@ class Token:
     @property
     def warning(self) -> str | None:
         """What is unsafe about the token file, if anything."""
-        if self._file is None or not self._file.exists() or not _readable_by_others(self._file):
+        if self._file is None or not _readable_by_others(self._file):
             return None
         return f"{self._file}: readable by every user of this machine; chmod 600 it"
 
 
 def _readable_by_others(path: Path) -> bool:
-    return bool(path.stat().st_mode & stat.S_IROTH)
+    try:
+        return bool(path.stat().st_mode & stat.S_IROTH)
+    except OSError:  # whoever reads it says so
+        return False
 
 
 class Endpoint:
     """A connection to the ingest endpoint, used as an async context manager.
 
-    Raises: ConfigError on entry, when the token or the CA file can't be read.
+    Raises: ConfigError on entry, when the token or the CA file can't be read, or the HTTP client can't be set up.
     """
 
     def __init__(self, url: str, settings: OpenMeter) -> None:
@@ -73,13 +76,26 @@ class Endpoint:
 
     async def __aenter__(self) -> "Endpoint":
         self._authorization = self._read_authorization()
-        self._client = httpx.AsyncClient(
-            verify=_tls_context(self._settings),
-            timeout=httpx.Timeout(self._settings.timeout_seconds),
-            limits=httpx.Limits(max_connections=self._settings.max_in_flight, keepalive_expiry=60),
-            follow_redirects=False,
-            headers={"User-Agent": f"metershipper/{__version__}", "Content-Type": BATCH_CONTENT_TYPE},
-        )
+        _refuse_unusable(self._url)
+        verify = _tls_context(self._settings)
+        try:
+            self._client = httpx.AsyncClient(
+                verify=verify,
+                timeout=httpx.Timeout(self._settings.timeout_seconds),
+                limits=httpx.Limits(max_connections=self._settings.max_in_flight, keepalive_expiry=60),
+                follow_redirects=False,
+                headers={
+                    "User-Agent": f"metershipper/{__version__}",
+                    "Content-Type": BATCH_CONTENT_TYPE,
+                    "Accept-Encoding": "identity",
+                },
+            )
+        except (OSError, ImportError, ValueError, httpx.InvalidURL) as error:
+            # The words of the others repeat the proxy's URL, which may hold a password.
+            reason = f": {error}" if isinstance(error, OSError | ImportError) else ""
+            raise ConfigError(
+                f"environment: no HTTP client with these proxy variables or this SSL_CERT_FILE{reason}"
+            ) from None
         return self
 
     async def __aexit__(
@@ -93,21 +109,22 @@ class Endpoint:
 
     async def post(self, body: bytes) -> Answer:
         """Send one encoded batch; the whole exchange has `timeout_seconds`."""
+        sent = self._authorization
         try:
             async with asyncio.timeout(self._settings.timeout_seconds):
-                status, content_type, text = await self._exchange(body)
+                status, content_type, text = await self._exchange(body, sent)
         except TimeoutError:
             return Answer(Verdict.RETRY, f"no answer within {self._settings.timeout_seconds:g} s")
         except (httpx.HTTPError, OSError) as error:
-            return Answer(Verdict.RETRY, describe(error))
+            return Answer(Verdict.RETRY, one_line(_without_token(describe(error), sent)))
         if status in (401, 403):
             self._renew_token()
-        return classify(status, content_type, text)
+        return classify(status, _without_token(content_type, sent), _without_token(text, sent))
 
-    async def _exchange(self, body: bytes) -> tuple[int, str, str]:
-        async with self._client.stream("POST", self._url, content=body, headers=self._authorization) as response:
+    async def _exchange(self, body: bytes, headers: dict[str, str]) -> tuple[int, str, str]:
+        async with self._client.stream("POST", self._url, content=body, headers=headers) as response:
             content = bytearray()
-            async for chunk in response.aiter_bytes():
+            async for chunk in response.aiter_raw():  # never unpacked: a few KiB can unpack to gigabytes
                 content += chunk
                 if len(content) > MAX_ANSWER_BYTES:
                     break
@@ -120,6 +137,19 @@ class Endpoint:
             self._authorization = self._read_authorization()
         except ConfigError:
             return
+
+
+def _without_token(text: str, headers: dict[str, str]) -> str:
+    """A server may repeat the token it got; what it says goes to a log."""
+    token = headers.get("Authorization", "").removeprefix("Bearer ")
+    return text.replace(token, "REDACTED") if token else text
+
+
+def _refuse_unusable(url: str) -> None:
+    try:
+        httpx.URL(url).host  # noqa: B018  # reading it decodes an international name
+    except (httpx.InvalidURL, ValueError) as error:
+        raise ConfigError(f"openmeter.ingest_endpoint: not a usable URL: {error}") from None
 
 
 def _tls_context(settings: OpenMeter) -> ssl.SSLContext | bool:

@@ -31,11 +31,11 @@ def classify(status: int, content_type: str, body: str) -> Answer:
     page from a proxy in between is no acknowledgement, however good its status looks.
     """
     if status in ACCEPTED_STATUSES:
-        if not body.strip() or "json" in content_type:
+        if not body.strip() or "json" in content_type.lower():
             return Answer(Verdict.ACCEPTED, f"HTTP {status}")
         return Answer(
             Verdict.NEEDS_A_PERSON,
-            f"HTTP {status} with a {content_type or 'body'} that OpenMeter does not send: "
+            f"HTTP {status} with a {one_line(content_type) or 'body'} that OpenMeter does not send: "
             "something else answers at ingest_endpoint",
         )
     if status in TRANSIENT_STATUSES or status >= 500:
@@ -56,10 +56,15 @@ def _advice(status: int) -> str:
     }.get(status, "not understood")
 
 
+def one_line(text: str) -> str:
+    """What others wrote, on one line and bounded: it goes to a log."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:MAX_SHOWN_CHARACTERS]
+
+
 def _words(body: str) -> str:
-    """The server's own words, on one line and bounded: they go to a log."""
-    words = " ".join("".join(c if c.isprintable() else " " for c in body).split())
-    return f" ({words[:MAX_SHOWN_CHARACTERS]})" if words else ""
+    """The server's own words."""
+    words = one_line(body)
+    return f" ({words})" if words else ""
 
 
 def delay_seconds(attempt: int, initial_seconds: float, max_seconds: float, random: float) -> float:

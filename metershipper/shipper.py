@@ -83,10 +83,11 @@ class Shipper:
         if not trouble.tries:
             trouble.since = now
         trouble.tries += 1
-        if now - self._logged_at.get(answer.reason, -REPEAT_LOG_SECONDS) < REPEAT_LOG_SECONDS:
+        same = answer.reason.partition(" (")[0]  # without the server's words, which often hold a request id
+        if now - self._logged_at.get(same, -REPEAT_LOG_SECONDS) < REPEAT_LOG_SECONDS:
             return
         self._logged_at = {reason: at for reason, at in self._logged_at.items() if now - at < REPEAT_LOG_SECONDS}
-        self._logged_at[answer.reason] = now
+        self._logged_at[same] = now
         trouble.logged = True
         level = logging.WARNING if answer.verdict is Verdict.RETRY else logging.ERROR
         log.log(

@@ -89,11 +89,14 @@ class Sidecar:
             except sqlite3.OperationalError as error:
                 raise StateError(f"{self._config.state.directory}: can't be written: {error}") from None
             # The committer is outside the tasks that a stop cancels: a commit is never cut off half-way.
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._commit_settled(checkpoint))
-                await self._read_and_ship(tailer, shipper)
-                self._shipped = True
-                self._settled.set()
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self._commit_settled(checkpoint))
+                    await self._read_and_ship(tailer, shipper)
+                    self._shipped = True
+                    self._settled.set()
+            except* sqlite3.DatabaseError as errors:
+                raise StateError(f"{self._config.state.directory}: {errors.exceptions[0]}; nothing is lost") from None
             stopped = Stopped(self._ledger.unsettled_events, self._stop_now.is_set())
             log.info("stopped%s: %d events left for the next start", _how(stopped), stopped.unsettled_events)
             return stopped

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from metershipper.books import DEAD_LETTERS, SKIPPED, Books, Count
 from metershipper.checkpoint import Checkpoint, StoredFile, holder_of
+from metershipper.errors import StateError
 from metershipper.filter import summary
 
 
@@ -53,9 +54,12 @@ class Status:
 
 def read_status(directory: Path) -> Status:
     """The status of a state directory. Raises StateError when nothing was recorded there yet."""
-    with Checkpoint(directory, read_only=True) as checkpoint:
-        files = [_file_status(file) for file in checkpoint.files() if file.inode is not None and not file.history]
-        return Status(str(directory), holder_of(directory), files, checkpoint.books())
+    try:
+        with Checkpoint(directory, read_only=True) as checkpoint:
+            files = [_file_status(file) for file in checkpoint.files() if file.inode is not None and not file.history]
+            return Status(str(directory), holder_of(directory), files, checkpoint.books())
+    except OSError as error:
+        raise StateError(f"{directory}: can't be read: {error.strerror}") from None
 
 
 def _file_status(file: StoredFile) -> FileStatus:

@@ -1,10 +1,14 @@
 """Writes usage.log beside itself: made-up Kong entries, the same ones each time, at least one of each shape.
 
+And usage.events.ndjson, the usage events that they are mapped to without any configuration.
+
 Run from an environment where metershipper is installed: python samples/generate.py
 """
 
 from pathlib import Path
 
+from metershipper.config import Metering
+from metershipper.filter import map_paths
 from metershipper.traffic import Traffic, Truth
 
 SEED = 31
@@ -41,5 +45,13 @@ def write_log(directory: Path) -> Truth:
     return traffic.truth
 
 
+def write_events(directory: Path) -> None:
+    """Write usage.events.ndjson for the usage.log in the directory."""
+    with (directory / "usage.events.ndjson").open("wb") as out:
+        map_paths(Metering(), (str(directory / "usage.log"),), out, print)
+
+
 if __name__ == "__main__":
-    print(write_log(Path(__file__).parent))
+    folder = Path(__file__).parent
+    write_log(folder)
+    write_events(folder)
