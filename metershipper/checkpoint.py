@@ -103,11 +103,21 @@ class StateLock:
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise StateError(f"{self._path}: can't be opened: {error.strerror}") from None
+        try:
+            self._take()
+        except OSError as error:
+            os.close(self._fd)
+            raise StateError(f"{self._path}: can't be written: {error.strerror}") from None
+        except StateInUse:
+            os.close(self._fd)
+            raise
+        return self
+
+    def _take(self) -> None:
         deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
         while not _try_lock(self._fd, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
                 holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
-                os.close(self._fd)
                 raise StateInUse(
                     f"{self._directory}: in use by process {holder}; one state directory serves one process: "
                     "stop that one, or give this one its own state.directory"
@@ -115,7 +125,6 @@ class StateLock:
             time.sleep(0.05)
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
-        return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
@@ -172,7 +181,14 @@ class Checkpoint:
     def __enter__(self) -> "Checkpoint":
         try:
             self._db = self._open()
-            self._prepare()
+            try:
+                self._prepare()
+            except BaseException:
+                self._db.close()
+                raise
+        except sqlite3.OperationalError as error:
+            # The disk, permissions, another process: nothing says that the file is damaged.
+            raise StateError(f"{self._path}: can't be used: {error}") from None
         except sqlite3.DatabaseError as error:
             raise StateError(
                 f"{self._path}: can't be read ({error}). Keep it for inquiry: move it away together with its -wal and "
@@ -199,11 +215,12 @@ class Checkpoint:
     def _prepare(self) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version > SCHEMA_VERSION:
-            self._db.close()
             raise StateError(
                 f"{self._path}: written by a newer metershipper (schema {version}, this one knows {SCHEMA_VERSION}); "
                 "run that version"
             )
+        if version:
+            self._check()
         if self._read_only:
             if version == 0:  # just being created
                 raise self._nothing_recorded()
@@ -218,6 +235,13 @@ class Checkpoint:
 
     def _nothing_recorded(self) -> StateError:
         return StateError(f"{self._path}: nothing was recorded yet; start `metershipper run` first")
+
+    def _check(self) -> None:
+        """Look for damage where positions and books are; the dead letters may be too many to read."""
+        for table in ("files", "inputs", "books"):
+            (answer,) = self._db.execute(f"PRAGMA quick_check('{table}')").fetchone()
+            if answer != "ok":
+                raise sqlite3.DatabaseError(answer)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ import json
 import types
 import typing
 from collections.abc import Iterable
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 
@@ -20,6 +20,9 @@ from metershipper.books import Dead
 BOM = b"\xef\xbb\xbf"
 # Python refuses to parse longer integers (CVE-2020-10735); as a float such a number is still comparable, and refused.
 MAX_INTEGER_DIGITS = 4000
+# No status, size or port is larger, and a server refuses the whole batch for a number of hundreds of digits.
+MAX_INTEGER = 2**63 - 1
+Integer = Annotated[int, msgspec.Meta(ge=-MAX_INTEGER, le=MAX_INTEGER)]
 
 HeadersT = TypeVar("HeadersT")
 QueryT = TypeVar("QueryT")
@@ -85,7 +88,7 @@ class Request(msgspec.Struct, Generic[HeadersT, QueryT], gc=False):
     id: str | None = None
     method: str | None = None
     uri: str | None = None
-    size: int | str | None = None
+    size: Integer | str | None = None
     headers: HeadersT | None = None
     querystring: QueryT | None = None
 
@@ -93,8 +96,8 @@ class Request(msgspec.Struct, Generic[HeadersT, QueryT], gc=False):
 class Response(msgspec.Struct, gc=False):
     """The answer the client got."""
 
-    status: int | None = None
-    size: int | str | None = None
+    status: Integer | None = None
+    size: Integer | str | None = None
 
 
 class Consumer(msgspec.Struct, gc=False):
@@ -123,7 +126,7 @@ class Service(msgspec.Struct, gc=False):
 
     id: str | None = None
     name: str | None = None
-    port: int | None = None
+    port: Integer | None = None
     protocol: str | None = None
 
 
@@ -231,7 +234,7 @@ def _convert(wanted: Any, value: Any) -> Any:
         return _clean(value)
     if wanted is str:
         return _as_text(value)
-    if wanted is int:
+    if wanted == Integer:
         return _as_integer(value)
     if not _is_object(value):
         return None
@@ -244,7 +247,7 @@ def _is_object(value: Any) -> bool:
 
 
 def _clean(value: Any) -> Any:
-    """A header or query value with its text cleaned: a string or a list of them. What is nested deeper has no reader."""
+    """A header or query value, its text cleaned: a string or a list of them. What is nested deeper has no reader."""
     if isinstance(value, str):
         return clean_text(value)
     return [clean_text(item) if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
@@ -259,9 +262,10 @@ def _as_text(value: Any) -> str | None:
 
 def _as_integer(value: Any) -> int | None:
     try:
-        return None if isinstance(value, bool) else int(value)
+        number = None if isinstance(value, bool) else int(value)
     except (TypeError, ValueError, OverflowError):
         return None
+    return number if number is not None and abs(number) <= MAX_INTEGER else None
 
 
 def format_number(value: int | float) -> str:

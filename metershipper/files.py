@@ -195,9 +195,6 @@ class FileSet:
             from_end = entry.read_from == "end" and entry.path not in self._known_inputs
             paths = sorted(glob.glob(entry.path, recursive=True)) if glob.has_magic(entry.path) else [entry.path]
             for path in paths:
-                if not path.isprintable() and path != path.encode(errors="replace").decode():
-                    self._complain(path, "a name that is not UTF-8, so it is not followed")
-                    continue
                 status = self._regular(path)
                 if status is not None:
                     current.setdefault((status.st_dev, status.st_ino), _Found(path, path, status, from_end))
@@ -205,8 +202,12 @@ class FileSet:
 
     def _regular(self, path: str) -> os.stat_result | None:
         try:
+            path.encode()
             status = os.stat(path)
         except FileNotFoundError:
+            return None
+        except UnicodeEncodeError:
+            self._complain(path, "the name is not UTF-8, so it is not followed")
             return None
         except OSError as error:
             self._complain(path, f"can't be looked at: {error.strerror}; trying again")
@@ -288,7 +289,7 @@ class FileSet:
                 self._resume(opened, found, known, rotated=True)
         elif not size or not found.named:
             return
-        elif not self._was_followed(found.lineage):
+        elif not any(known.path == found.lineage for known in self._all_records()):
             # There before its log was ever followed: history, which `replay` is for.
             self._record(NewFile(found.path, *found.identity, head, size, history=True))
         elif head.length and any(_is_copy(fd, size, head, known) for known in self._all_records()):
@@ -296,9 +297,6 @@ class FileSet:
         else:
             log.info("%s: rotated before it was seen; reading it from its beginning", found.path)
             self._follow_new(opened, found, NewFile(found.lineage, *found.identity, head), rotated=True)
-
-    def _was_followed(self, lineage: str) -> bool:
-        return lineage in self._known_inputs or any(known.path == lineage for known in self._all_records())
 
     def _open_current(self, found: _Found, current: dict[Identity, _Found]) -> None:
         with self._opened(found) as opened:

@@ -143,7 +143,7 @@ class Mapper:
             data = self._api_data(*self._api_values(entry, request), *attributes)
             found.append(UsageEvent("1.0", base + ":api_request", metering.source, API_REQUEST, subject, time, data))
         failed_calls = 0
-        if entry.ai:
+        if entry.ai and metering.meter_ai_token_usage:
             # All counts are checked before the first one is booked: a bad one makes the whole line a dead letter.
             calls = [(call, input_tokens(call.usage), output_tokens(call.usage)) for call in ai_calls(entry.ai)]
             for call, asked, answered in calls:

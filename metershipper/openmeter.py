@@ -13,6 +13,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import httpx
 
@@ -84,6 +85,7 @@ class Endpoint:
                 timeout=httpx.Timeout(self._settings.timeout_seconds),
                 limits=httpx.Limits(max_connections=self._settings.max_in_flight, keepalive_expiry=60),
                 follow_redirects=False,
+                event_hooks={"response": [_forget_redirect]},
                 headers={
                     "User-Agent": f"metershipper/{__version__}",
                     "Content-Type": BATCH_CONTENT_TYPE,
@@ -122,12 +124,26 @@ class Endpoint:
         return classify(status, _without_token(content_type, sent), _without_token(text, sent))
 
     async def _exchange(self, body: bytes, headers: dict[str, str]) -> tuple[int, str, str]:
-        async with self._client.stream("POST", self._url, content=body, headers=headers) as response:
-            content = bytearray()
-            async for chunk in response.aiter_raw():  # never unpacked: a few KiB can unpack to gigabytes
-                content += chunk
-                if len(content) > MAX_ANSWER_BYTES:
-                    break
+        opened: list[Any] = []
+
+        async def remember_opened(event: str, details: dict[str, Any]) -> None:
+            if event == "connection.connect_tcp.complete":
+                opened.append(details["return_value"])
+
+        sending = self._client.stream(
+            "POST", self._url, content=body, headers=headers, extensions={"trace": remember_opened}
+        )
+        content = bytearray()
+        try:
+            async with sending as response:
+                async for chunk in response.aiter_raw():  # never unpacked: a few KiB can unpack to gigabytes
+                    content += chunk
+                    if len(content) > MAX_ANSWER_BYTES:
+                        break
+        except BaseException:
+            for stream in opened:  # httpcore 1.0 leaves it open when it is cancelled within the TLS handshake
+                await stream.aclose()
+            raise
         text = bytes(content).decode("utf-8", "replace")
         return response.status_code, response.headers.get("content-type", ""), text
 
@@ -137,6 +153,11 @@ class Endpoint:
             self._authorization = self._read_authorization()
         except ConfigError:
             return
+
+
+async def _forget_redirect(response: httpx.Response) -> None:
+    """httpx reads the target even when it follows no redirect, and raises what is no HTTPError for a broken one."""
+    response.headers.pop("location", None)
 
 
 def _without_token(text: str, headers: dict[str, str]) -> str:

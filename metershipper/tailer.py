@@ -75,7 +75,7 @@ class Tailer:
     async def _scan(self) -> None:
         await asyncio.to_thread(self._files.scan)
         self._scan_at = time.monotonic() + self._poll_seconds
-        directories = self._files.directories()
+        directories = await asyncio.to_thread(self._files.directories)
         if directories != self._directories:
             self._directories = directories
             self._directories_changed.set()

@@ -150,6 +150,6 @@ def test_every_event_is_in_exactly_one_batch_in_order(
         owners = [added.events[each["id"]] for each in held]
         shared = [(added.spans.index(owner), count) for owner, count in batch.shares]
         assert shared == [(owner, owners.count(owner)) for owner in dict.fromkeys(owners)]
-        for owner, count in shared:
-            waiting_for[owner] += count
+        for index, count in shared:
+            waiting_for[index] += count
     assert waiting_for == [each.unsettled for each in added.spans]

@@ -50,8 +50,8 @@ def test_names_that_logrotate_makes_are_rotated_siblings(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "usage.log", "usage.log.swp", "usage.log.1.swp", "usage.log.1~", "usage.log.tmp", "usage.log.1.tmp", "other.log",
-        "usage.logs.1", "usagexlog.1", "usage-v2.log", "usage.log.", "my-usage.log.1", "usage.log.old", "",
+        "usage.log", "usage.log.swp", "usage.log.1.swp", "usage.log.1~", "usage.log.tmp", "usage.log.1.tmp",
+        "other.log", "usage.logs.1", "usagexlog.1", "usage-v2.log", "usage.log.", "my-usage.log.1", "usage.log.old", "",
         *(f"usage.log.1{suffix}" for suffix in COMPRESSED_SUFFIXES),
     ],
 )  # fmt: skip

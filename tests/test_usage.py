@@ -44,7 +44,7 @@ CALLS: dict[str, tuple[dict[str, AiPart], list[tuple[str, str]]]] = {
          (".zeta", "zeta")],
     ),
     "two transformers": ({"ai-b": USED, "ai-a": USED}, [("", "ai-a"), (".ai-b", "ai-b")]),
-    "flat beside a container is the same usage": ({"usage": FLAT_USAGE, "meta": UNUSED, "proxy": USED}, [("", "proxy")]),
+    "flat beside a container": ({"usage": FLAT_USAGE, "meta": UNUSED, "proxy": USED}, [("", "proxy")]),
     "flat beside containers without usage": ({"usage": FLAT_USAGE, "proxy": UNUSED}, [("", FLAT)]),
 }  # fmt: skip
 
