@@ -13,6 +13,7 @@ import glob
 import logging
 import os
 import stat
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ log = logging.getLogger("metershipper.tailer")
 ROTATED_IDLE_SECONDS = 300.0
 # A directory whose listing did not change is listed again after this, for a released file that grew after all.
 LISTING_SECONDS = 30.0
+FRESH_SECONDS = 2.0
 
 
 class Registry(Protocol):
@@ -264,7 +266,9 @@ class FileSet:
             mtime, listed_at = self._listed.get(directory, (-1, 0.0))
             if changed == mtime and now - listed_at < LISTING_SECONDS:
                 return []
-            self._listed[directory] = (changed, now)
+            # Within one tick of its clock a directory can change again unseen, so a fresh listing is not relied on.
+            fresh = abs(time.time() - changed / 1e9) < FRESH_SECONDS
+            self._listed[directory] = (-1 if fresh else changed, now)
             with os.scandir(directory) as entries:
                 return [entry for entry in entries if entry.is_file(follow_symlinks=False)]
         except OSError as error:
@@ -332,9 +336,10 @@ class FileSet:
         found = current.get((record.device or 0, record.inode or 0))
         if found is None:
             return False
+        in_place = True
         with self._opened(found) as opened:
-            return opened is None or holds(opened.fd, record)
-        return True
+            in_place = opened is None or holds(opened.fd, record)
+        return in_place
 
     @contextmanager
     def _opened(self, found: _Found) -> Iterator[_Opened | None]:

@@ -155,7 +155,8 @@ def test_absent_values_are_omitted_and_never_null() -> None:
     assert event["data"] == data
     emptied = {"upstream_status": "", "route": None, "service": None, "response": None}
     absent = [name for name in API_FIELDS if name.startswith(("route", "service", "response", "upstream"))]
-    assert events_of(mapped_by(logged(**emptied))) == [api_event(**dict.fromkeys(absent, ...))]
+    removed: Json = dict.fromkeys(absent, ...)
+    assert events_of(mapped_by(logged(**emptied))) == [api_event(**removed)]
 
 
 @pytest.mark.parametrize(
@@ -178,6 +179,26 @@ def test_sizes_are_numbers_also_where_kong_wrote_text(size: Any, count: Any) -> 
     assert events_of(mapped_by(line)) == [api_event(request_size_bytes=count)]
     assert events_of(mapped_by(BOM + line)) == [api_event(request_size_bytes=count)]
     assert as_bytes_count(None) is None
+
+
+@pytest.mark.parametrize(
+    "number", [b"9" * 400, b"-" + b"9" * 400, b"1e300", b"9" * 5000, b"1e400"], ids=lambda n: n[:6]
+)
+@pytest.mark.parametrize("field", ["size", "status", "port"])
+def test_a_number_that_no_server_takes_is_left_out(field: str, number: bytes) -> None:
+    """Case 25: one such event would be refused together with the whole batch, for ever; the request is billed."""
+    changes: Json = {
+        "size": {"request": REQUEST | {"size": 12345}},
+        "status": {"response": ENTRY["response"] | {"status": 12345}},
+        "port": {"service": ENTRY["service"] | {"port": 12345}},
+    }
+    names = {"size": "request_size_bytes", "status": "response_http_status", "port": "service_port"}
+    removed: Json = {names[field]: ...}
+    line = logged(**changes[field]).replace(b"12345", number)
+    for form in (line, BOM + line):
+        mapped = mapped_by(form)
+        assert events_of(mapped) == [api_event(**removed)]
+        check_accepted(mapped)
 
 
 ATTRIBUTES = (
@@ -224,11 +245,13 @@ def test_source_and_subject_are_those_of_the_configuration() -> None:
 
 
 USAGE_3_12 = {
-    "prompt_tokens": 12, "completion_tokens": 34, "total_tokens": 46, "cost": 0.00037, "time_per_token": 30.142857142857,
-    "time_to_first_token": 85, "prompt_tokens_details": {"cached_tokens": 3}, "completion_tokens_details": {},
+    "prompt_tokens": 12, "completion_tokens": 34, "total_tokens": 46, "cost": 0.00037, "time_to_first_token": 85,
+    "time_per_token": 30.142857142857, "prompt_tokens_details": {"cached_tokens": 3}, "completion_tokens_details": {},
 }  # fmt: skip
 TRANSFORMER = {
-    "meta": {"request_model": "UNSPECIFIED", "response_model": "gpt-4o-mini", "provider_name": "openai", "plugin_id": "p2"},
+    "meta": {
+        "request_model": "UNSPECIFIED", "response_model": "gpt-4o-mini", "provider_name": "openai", "plugin_id": "p2",
+    },
     "usage": {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}, "cache": {},
 }  # fmt: skip
 TRANSFORMED = {
@@ -366,7 +389,7 @@ FAILED: dict[str, tuple[int | None, Json, Json, list[tuple[str, int]], int]] = {
     "a failed call that gave an answer": (500, {"proxy": call(12, 1)}, {}, [("input", 12), ("output", 1)], 0),
     "a failed call without an estimate": (500, {"proxy": call(0, 0)}, {}, [], 0),
     "zeros of a failed call are not emitted": (500, {"proxy": call(0, 0)}, {"emit_zero_tokens": True}, [], 0),
-    "failed calls metered on request": (429, {"proxy": call(12, 0)}, {"meter_failed_ai_calls": True}, [("input", 12)], 0),
+    "failed calls metered": (429, {"proxy": call(12, 0)}, {"meter_failed_ai_calls": True}, [("input", 12)], 0),
     "flat": (429, {"usage": {"prompt_tokens": 12, "completion_tokens": 0}, "meta": META}, {}, [], 1),
     "two failed calls": (429, {"proxy": call(12, 0), "ai-b": call(3, 0)}, {}, [], 2),
     "one of two calls failed": (
@@ -708,7 +731,7 @@ MAPPERS = [
     Mapper(Metering(subject=Subject(look_up_value_in="application"))),
 ]
 TEXT = st.text(alphabet=st.characters(exclude_categories=()), max_size=8)
-ANY_JSON = st.recursive(
+ANY_JSON: st.SearchStrategy[Any] = st.recursive(
     st.sampled_from(
         [0, -1, 1, "", "12", 12.0, 2**53, 2**53 + 1, 2**64, 10**400, 1e300, "UNSPECIFIED", {}, [], None, True]
     )
