@@ -130,6 +130,10 @@ class Service(msgspec.Struct, gc=False):
     protocol: str | None = None
 
 
+class _Unread(msgspec.Struct, gc=False):
+    """Stands where no rule reads: its fields are skipped without being made."""
+
+
 class Entry(msgspec.Struct, Generic[HeadersT, QueryT, AiT]):
     """One Kong log entry, as far as billing reads it. `started_at`: milliseconds since the epoch, unchecked."""
 
@@ -144,11 +148,7 @@ class Entry(msgspec.Struct, Generic[HeadersT, QueryT, AiT]):
     service: Service | None = None
     upstream_status: str | None = None
     ai: AiT | None = None
-    session: Any = None
-
-
-class _Unread(msgspec.Struct, gc=False):
-    """Stands where no rule reads: its fields are skipped without being made."""
+    session: _Unread | None = None  # of stream mode
 
 
 def field_names(names: Iterable[str]) -> dict[str, str]:
@@ -190,12 +190,12 @@ class EntryDecoder:
 
 
 def parse_leniently(line: bytes) -> dict[str, Any]:
-    """The object in `line`: a BOM is skipped, invalid UTF-8 becomes U+FFFD, raw control characters are let pass.
+    """The object in `line`: a BOM or NULs before it are skipped, invalid UTF-8 becomes U+FFFD, control characters pass.
 
     Kong's encoder copies a client's bytes as they are (lua-cjson), so such a line is still a request to be billed.
     Raises `Unbillable` where no object can be read.
     """
-    text = line.removeprefix(BOM).decode("utf-8", "replace")
+    text = line.lstrip(b"\0").removeprefix(BOM).decode("utf-8", "replace")
     try:
         value = json.loads(text, strict=False, parse_int=_parse_integer)
     except RecursionError:

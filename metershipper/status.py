@@ -90,6 +90,7 @@ def render(status: Status) -> None:
     console.print(f"{status.state_directory}: {running}", markup=False)
     present = [file for file in status.files if file.size_bytes is not None]
     table = Table("file", "position", "size", "unread", box=None, pad_edge=False)
+    table.columns[0].overflow = "fold"  # a path is of no use without its end
     for column in table.columns[1:]:
         column.justify = "right"
     for file in present:

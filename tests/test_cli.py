@@ -406,7 +406,7 @@ def test_a_run_ends_in_order_and_status_tells_what_it_did(
     report = json.loads(as_json.stdout)
     assert report["running"] is False
     assert report["books"]["balanced"] is True
-    assert f"state: not running" in table.stdout
+    assert "state: not running" in table.stdout
     assert f"{report['books']['lines']} lines" in table.stdout
     counts = httpx.get(f"{sandbox_url}/sandbox/counts", trust_env=False).json()
     assert counts["events"] == report["books"]["events"]

@@ -299,3 +299,16 @@ def test_an_entry_nested_too_deep_to_be_hashed_says_so() -> None:
     for depth in (700, 100_000):
         with pytest.raises(Unbillable, match="nested too deep"):
             content_hash(b'{"a":' + b"[" * depth + b"]" * depth + b"}")
+
+
+def test_nuls_before_an_entry_do_not_cost_it() -> None:
+    """A crash can leave a run of NULs at the head of a line (case 23)."""
+    line = b'{"request":{"id":"r1"},"started_at":1782907200015}'
+    assert fields_of(DECODER.decode(b"\0" * 1000 + line)) == fields_of(DECODER.decode(line))
+
+
+@pytest.mark.parametrize("session", [b"false", b"1", b"[]", b"null"])
+def test_only_an_object_makes_a_stream_session(session: bytes) -> None:
+    with pytest.raises(Unbillable) as refused:
+        DECODER.decode(b'{"session":' + session + b"}")
+    assert refused.value.reason is Dead.NOT_AN_ENTRY

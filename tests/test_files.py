@@ -1041,6 +1041,24 @@ def test_a_file_that_may_not_be_opened_is_tried_again(reachable: Site, caplog: p
         assert reachable.read() == lines(0)
 
 
+def test_a_rotated_file_that_may_not_be_opened_is_tried_again(reachable: Site) -> None:
+    """It is still read when it is allowed (cases 8, 20)."""
+    append(reachable.log, lines(0))
+    reachable.start()
+    reachable.read()
+    reachable.stop()
+    append(reachable.log, lines(1))
+    reachable.log.chmod(0o000)
+    rotate(reachable.log)
+    append(reachable.log, lines(2))
+    reachable.start()
+    with unprivileged():
+        assert reachable.read() == lines(2)
+    Path(f"{reachable.log}.1").chmod(0o644)
+    reachable.pass_time(LISTING_SECONDS)
+    assert reachable.read() == lines(1)
+
+
 def test_a_directory_that_may_not_be_searched_is_tried_again(reachable: Site, caplog: pytest.LogCaptureFixture) -> None:
     """The file that was open is read on all the while (case 20)."""
     append(reachable.log, lines(0))

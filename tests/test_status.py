@@ -1,0 +1,137 @@
+"""`status`: what the checkpoint says, in words and as JSON, beside a running process or without one."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from metershipper.books import Books, Count
+from metershipper.checkpoint import Checkpoint, NewFile, Sample, StateLock, make_private_directory
+from metershipper.errors import StateError
+from metershipper.ledger import Settled
+from metershipper.status import FileStatus, read_status, render
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    make_private_directory(tmp_path / "state")
+    return tmp_path / "state"
+
+
+def record(checkpoint: Checkpoint, path: Path, position: int = 0, *, history: bool = False) -> int:
+    found = path.stat()
+    new = NewFile(str(path), found.st_dev, found.st_ino, Sample.of(b"head"), position, history=history)
+    return checkpoint.register([new])[0]
+
+
+def test_positions_and_lag_of_every_followed_file(directory: Path, tmp_path: Path) -> None:
+    """Under the name that a file has now; without history and without content that is gone from its place."""
+    names = ("usage.log", "usage.log.1", "usage.log.2", "gone.log")
+    log, rotated, history, gone = paths = [tmp_path / name for name in names]
+    for path in paths:
+        path.write_bytes(b"x" * 100)
+    with Checkpoint(directory) as checkpoint:
+        old = record(checkpoint, log, 90)
+        found = log.stat()
+        checkpoint.register([NewFile(str(log), found.st_dev, found.st_ino, Sample(), 60, supersedes=old)])
+        record(checkpoint, rotated, 100)
+        record(checkpoint, history, 100, history=True)
+        record(checkpoint, gone, 7)
+    rotated.rename(tmp_path / "usage.log.9")
+    gone.unlink()
+    assert read_status(directory).files == [
+        FileStatus(str(log), 60, 100, 40),
+        FileStatus(str(tmp_path / "usage.log.9"), 100, 100, 0),
+        FileStatus(str(gone), 7, None, None),
+    ]
+
+
+def test_a_file_whose_directory_is_gone_is_gone(directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "usage.log").write_bytes(b"x")
+    with Checkpoint(directory) as checkpoint:
+        record(checkpoint, tmp_path / "logs" / "usage.log", 1)
+    (tmp_path / "logs").rename(tmp_path / "elsewhere")
+    (file,) = read_status(directory).files
+    assert (file.path, file.size_bytes) == (str(tmp_path / "logs" / "usage.log"), None)
+
+
+def test_a_relative_path_is_looked_for_where_the_process_is(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("usage.log").write_bytes(b"xyz")
+    with Checkpoint(directory) as checkpoint:
+        record(checkpoint, Path("usage.log"), 1)
+    assert read_status(directory).files == [FileStatus("usage.log", 1, 3, 2)]
+
+
+def test_the_running_process_is_named(directory: Path) -> None:
+    with StateLock(directory), Checkpoint(directory):
+        assert read_status(directory).process_id == os.getpid()
+        assert read_status(directory).as_dict()["running"] is True
+    status = read_status(directory)
+    assert (status.process_id, status.as_dict()["running"]) == (None, False)
+
+
+def test_the_report_as_json_counts_every_name_and_balances(directory: Path, tmp_path: Path) -> None:
+    """lines = billed + skipped + dead-lettered, and every count is there also when it is zero."""
+    (tmp_path / "usage.log").write_bytes(b"x" * 100)
+    books = Books(
+        {Count.LINES: 6, Count.BILLED: 2, Count.EVENTS: 5, "skipped.no_subject": 3, "dead_letters.not_json": 1}
+    )
+    with Checkpoint(directory) as checkpoint:
+        file_id = record(checkpoint, tmp_path / "usage.log")
+        checkpoint.commit([Settled(file_id, 80, b"x", books)])
+    report = json.loads(json.dumps(read_status(directory).as_dict()))
+    assert report == {
+        "state_directory": str(directory),
+        "running": False,
+        "process_id": None,
+        "files": [
+            {"path": str(tmp_path / "usage.log"), "position_bytes": 80, "size_bytes": 100, "unread_bytes": 20},
+        ],
+        "books": dict.fromkeys(map(str, Count), 0)
+        | {"lines": 6, "billed": 2, "events": 5}
+        | {"skipped": {"no_subject": 3}, "dead_letters": {"not_json": 1}, "balanced": True},
+    }
+
+
+def test_the_report_for_people(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every file that is there with its numbers, the books, and no markup from a file's name."""
+    odd = tmp_path / ("[red]usage" + "-long" * 20 + ".log")
+    gone = tmp_path / "gone.log"
+    odd.write_bytes(b"x" * 5000)
+    gone.write_bytes(b"x")
+    with Checkpoint(directory) as checkpoint:
+        file_id = record(checkpoint, odd)
+        record(checkpoint, gone)
+        checkpoint.commit([Settled(file_id, 4000, b"x", Books({Count.LINES: 3, Count.BILLED: 3}))])
+    gone.unlink()
+    render(read_status(directory))
+    out = capsys.readouterr().out
+    assert out.splitlines()[0] == f"{directory}: not running"
+    cells = " ".join(out.splitlines()[2:]).split()
+    assert {"4,000", "5,000", "1,000"} <= set(cells)
+    assert str(odd) in "".join(cell for cell in cells if not cell[0].isdigit())
+    assert "and 1 files that are gone" in out
+    assert "DO NOT BALANCE" not in out
+
+
+def test_books_that_do_not_balance_are_shouted(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "usage.log").write_bytes(b"x")
+    with StateLock(directory), Checkpoint(directory) as checkpoint:
+        file_id = record(checkpoint, tmp_path / "usage.log")
+        checkpoint.commit([Settled(file_id, 1, b"x", Books({Count.LINES: 3, Count.BILLED: 2}))])
+        render(read_status(directory))
+    out = capsys.readouterr().out
+    assert f"running as process {os.getpid()}" in out
+    assert "THE BOOKS DO NOT BALANCE" in out
+
+
+def test_a_directory_where_nothing_was_recorded_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StateError, match="nothing was recorded yet"):
+        read_status(tmp_path / "state")
