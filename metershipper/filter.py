@@ -1,6 +1,8 @@
 """`map`: entries from files or stdin to usage events on stdout, and a summary. Touches no network and no state."""
 
+import gzip
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, Protocol, cast
@@ -9,36 +11,39 @@ import msgspec
 
 from metershipper.books import DEAD_LETTERS, SKIPPED, Books, Count
 from metershipper.config import Metering
-from metershipper.errors import UsageError
+from metershipper.errors import MeterShipperError, UsageError
 from metershipper.followed import BLOCK_BYTES, KEPT_OF_OVERLONG_LINE_BYTES, MAX_LINE_BYTES
 from metershipper.lines import whole_lines
 from metershipper.mapper import DeadLetter, Mapped, Mapper, overlong_line
 
 STDIN = "-"
 SHOWN_BAD_LINES = 10
-_COMPRESSED = {b"\x1f\x8b": "zcat", b"\x28\xb5\x2f\xfd": "zstdcat"}
+GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 
 def map_paths(metering: Metering, paths: tuple[str, ...], out: BinaryIO, report: Callable[[str], None]) -> Books:
     """Map every path in turn; `out` gets the events as NDJSON, `report` the bad lines and the summary.
 
-    Raises: UsageError naming a path that can't be read, after the paths before it were mapped.
+    Files compressed with gzip are unpacked on the way.
+    Raises: UsageError naming a path that can't be opened, after the paths before it were mapped; MeterShipperError
+    naming a damaged archive, after what could be unpacked of it was mapped.
     """
     mapper = Mapper(metering)
     encode_lines = msgspec.json.Encoder().encode_lines
     books = Books()
     shown = 0
-    for path in paths:
-        with _opened(path) as source:
-            for mapped in _mapped_blocks(mapper, source, path):
-                out.write(encode_lines(mapped.events))
-                out.flush()
-                books.update(mapped.books)
-                for dead_letter in mapped.dead_letters[: SHOWN_BAD_LINES - shown]:
-                    report(_bad_line(path, dead_letter))
-                    shown += 1
-    for line in summary(books):
-        report(line)
+    try:
+        for path in paths:
+            with _opened(path) as source:
+                for mapped in _mapped_blocks(mapper, source):
+                    out.write(encode_lines(mapped.events))
+                    out.flush()
+                    books.update(mapped.books)
+                    for dead_letter in mapped.dead_letters[: SHOWN_BAD_LINES - shown]:
+                        report(_bad_line(path, dead_letter))
+                        shown += 1
+    finally:
+        report("\n".join(summary(books)))
     return books
 
 
@@ -71,19 +76,23 @@ def _opened(path: str) -> Iterator[_Source]:
         yield cast(_Source, sys.stdin.buffer)
         return
     try:
-        source = open(path, "rb")  # noqa: SIM115  # closed below; only the opening is the user's mistake
+        file = open(path, "rb")  # noqa: SIM115  # closed below; only the opening is the user's mistake
     except OSError as error:
         raise UsageError(f"{path}: can't be read: {error.strerror}") from None
-    with source:
-        yield source
+    with file:
+        magic = file.peek(len(ZSTD_MAGIC))
+        if magic.startswith(ZSTD_MAGIC):
+            raise UsageError(f"{path}: compressed with zstd; unpack it on the way: zstdcat {path} | metershipper map -")
+        try:
+            yield gzip.GzipFile(fileobj=file) if magic.startswith(GZIP_MAGIC) else file
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise MeterShipperError(f"{path}: damaged ({error}); mapped as far as it unpacks") from None
 
 
-def _mapped_blocks(mapper: Mapper, source: _Source, path: str) -> Iterator[Mapped]:
+def _mapped_blocks(mapper: Mapper, source: _Source) -> Iterator[Mapped]:
     """The source in blocks of whole lines, mapped; the last line may lack its newline. Memory is bounded."""
     rest, offset = b"", 0
     while data := source.read1(BLOCK_BYTES):
-        if not rest and not offset:
-            _refuse_compressed(data, path)
         data = rest + data
         length = whole_lines(data)
         if length:
@@ -107,12 +116,6 @@ def _skip_line(source: _Source, length: int) -> tuple[int, bytes]:
             return length + newline + 1, data[newline + 1 :]
         length += len(data)
     return length, b""
-
-
-def _refuse_compressed(data: bytes, path: str) -> None:
-    for magic, tool in _COMPRESSED.items():
-        if data.startswith(magic):
-            raise UsageError(f"{path}: compressed; unpack it on the way: {tool} {path} | metershipper map -")
 
 
 def _bad_line(path: str, dead_letter: DeadLetter) -> str:

@@ -189,19 +189,37 @@ def test_a_line_of_several_megabytes_is_billed() -> None:
     assert ids_of(run_map(stdin=good(0) + long + good(2))) == good_ids(0, 1, 2)
 
 
+GZ = gzip.compress(good(0, 1)) + gzip.compress(good(2))
+
+
+def test_a_gz_is_mapped_like_what_it_holds(tmp_path: Path) -> None:
+    """Case 29: also when it is made of several parts, and whatever it is called."""
+    path = tmp_path / "usage.log.1"
+    path.write_bytes(GZ)
+    result = run_map(path)
+    assert (result.exit_code, ids_of(result)) == (0, good_ids(0, 1, 2))
+
+
 @pytest.mark.parametrize(
-    ("head", "tool"),
-    [(gzip.compress(good(1)), "zcat"), (b"\x28\xb5\x2f\xfd" + bytes(50), "zstdcat")],
-    ids=["gz", "zst"],
+    "damaged", [GZ[:-9], GZ[:-9] + b"\xff" * 9, GZ + b"rest"], ids=["cut", "overwritten", "longer"]
 )
-def test_a_compressed_file_is_refused_with_the_way_to_read_it(tmp_path: Path, head: bytes, tool: str) -> None:
-    path = tmp_path / "usage.log.1"  # by content: its name need not tell
-    path.write_bytes(head)
+def test_a_damaged_gz_is_mapped_as_far_as_it_unpacks_and_fails(tmp_path: Path, damaged: bytes) -> None:
+    """Case 29: what decodes is mapped, then an error names the file and the exit code tells."""
+    path = tmp_path / "usage.log.gz"
+    path.write_bytes(damaged)
+    result = run_map(path)
+    assert result.exit_code == 1
+    assert ids_of(result)[:2] == good_ids(0, 1)
+    assert f"metershipper: {path}: damaged (" in result.stderr
+    assert "lines: " in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_zst_is_refused_with_the_way_to_read_it(tmp_path: Path) -> None:
+    path = tmp_path / "usage.log.zst"
+    path.write_bytes(b"\x28\xb5\x2f\xfd" + bytes(50))
     result = run_map(path)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == (
-        f"metershipper: {path}: compressed; unpack it on the way: {tool} {path} | metershipper map -\n"
-    )
+    assert f"{path}: compressed with zstd; unpack it on the way: zstdcat {path} | metershipper map -\n" in result.stderr
 
 
 def test_a_path_that_cannot_be_read_ends_the_run_after_those_before_it(tmp_path: Path) -> None:
@@ -209,7 +227,8 @@ def test_a_path_that_cannot_be_read_ends_the_run_after_those_before_it(tmp_path:
     log.write_bytes(good(1))
     result = run_map(log, missing)
     assert result.exit_code == 2 and ids_of(result) == good_ids(1)
-    assert result.stderr == f"metershipper: {missing}: can't be read: No such file or directory\n"
+    assert result.stderr.endswith(f"\nmetershipper: {missing}: can't be read: No such file or directory\n")
+    assert result.stderr.startswith("1 lines: 1 entries billed")
     result = run_map(tmp_path)
     assert result.exit_code == 2 and "can't be read: Is a directory" in result.stderr
 
