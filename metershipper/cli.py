@@ -4,6 +4,7 @@ to stderr. Never holds logic of its own. Imports are made where they are used, s
 
 import asyncio
 import logging
+import math
 import os
 import re
 import signal
@@ -79,6 +80,8 @@ def run(config_path: Path | None, grace_seconds: float) -> None:
     from metershipper.openmeter import Token
     from metershipper.sidecar import Sidecar
 
+    if math.isnan(grace_seconds):  # click takes it for a number within any range
+        raise UsageError("--grace-seconds nan: not a number of seconds")
     config, where = _load(config_path)
     require_for_run(config, where)
     _start_logging()

@@ -293,8 +293,10 @@ class FileSet:
                 self._resume(opened, found, known, rotated=True)
         elif not size or not found.named:
             return
-        elif not any(known.path == found.lineage for known in self._all_records()):
-            # There before its log was ever followed: history, which `replay` is for.
+        elif found.lineage not in self._known_inputs and all(
+            known.path != found.lineage for known in self._all_records()
+        ):
+            # There before its log was ever looked for: history, which `replay` is for.
             self._record(NewFile(found.path, *found.identity, head, size, history=True))
         elif head.length and any(_is_copy(fd, size, head, known) for known in self._all_records()):
             log.info("%s: a copy of content that is followed already; it is not read", found.path)

@@ -46,12 +46,15 @@ import resource, sys
 from pathlib import Path
 from metershipper.checkpoint import Checkpoint, StateLock
 from metershipper.errors import StateError
-resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
 try:
     with globals()[sys.argv[1]](Path(sys.argv[2])):
         pass
 except StateError as error:
     print(error)
+finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 """
 
 
@@ -245,7 +248,7 @@ def test_a_directory_of_another_user_is_told_with_what_to_do(tmp_path: Path) -> 
     if effective == 0:
         os.setresuid(NOBODY, 0, 0)  # whether a directory is writable is asked for the real user
     try:
-        with pytest.raises(StateError, match="not writable by this user; change its owner or set state.directory"):
+        with pytest.raises(StateError, match="not writable by this user; change its owner or set"):
             make_private_directory(tmp_path)
     finally:
         if effective == 0:
@@ -337,6 +340,17 @@ def test_a_damaged_file_is_refused_and_left_as_it_is(directory: Path, kind: str,
     assert str(refused.value).startswith(f"{path}: can't be read (")
     assert "move it away" in str(refused.value)
     assert path.read_bytes() == data
+
+
+def test_damage_that_can_still_be_read_is_refused(directory: Path) -> None:
+    """Values that the schema does not allow: the message says which (case 32)."""
+    with Checkpoint(directory) as checkpoint, database(directory) as db:
+        (old,) = checkpoint.register([new(1)])
+        checkpoint.register([new(1, supersedes=old)])
+        db.execute("PRAGMA writable_schema = ON")
+        db.execute("UPDATE sqlite_schema SET sql = replace(sql, 'device INTEGER', 'device INTEGER NOT NULL')")
+    with pytest.raises(StateError, match=r"can't be read \(NULL value in files.device\)"), Checkpoint(directory):
+        pass
 
 
 @pytest.mark.parametrize("read_only", [False, True], ids=["run", "status"])

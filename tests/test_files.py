@@ -454,6 +454,20 @@ def test_rotated_files_from_before_the_first_start_are_history(site: Site) -> No
     assert site.read() == lines(4)
 
 
+@pytest.mark.parametrize("stopped", [False, True], ids=["live", "stopped"])
+def test_a_log_that_appears_and_rotates_between_two_looks_is_no_history(site: Site, stopped: bool) -> None:
+    """Only what was there when the input was first started is (cases 7, 8)."""
+    site.start()
+    assert site.read() == b""
+    if stopped:
+        site.stop()
+    append(site.log, lines(0))
+    rotate(site.log)
+    if stopped:
+        site.start()
+    assert site.read() == lines(0)
+
+
 @pytest.mark.parametrize("name", ["usage.log-20261121", "usage-20261121.log", "usage.1.log", "usage.log.2026-11-21"])
 def test_every_naming_of_rotated_files_is_known(site: Site, name: str) -> None:
     """(cases 7, 8)"""

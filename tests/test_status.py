@@ -135,3 +135,8 @@ def test_books_that_do_not_balance_are_shouted(
 def test_a_directory_where_nothing_was_recorded_is_told(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="nothing was recorded yet"):
         read_status(tmp_path / "state")
+
+
+def test_a_directory_that_can_not_be_looked_into_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StateError, match="can't be read: File name too long"):
+        read_status(tmp_path / ("x" * 300))
