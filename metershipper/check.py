@@ -20,14 +20,18 @@ class Proof:
     text: str
 
 
-def explain(config: Config, where: str) -> Iterator[str]:
+async def explain(config: Config, where: str) -> list[str]:
     """What will be metered, for whom, from where, to where: one sentence a line, in the order of the flow.
 
     Raises: ConfigError when there is nothing to read, nowhere to send it, or the token can't be read.
     """
     require_for_run(config, where)
     token = Token(config.openmeter)
-    has_token = token.read() is not None
+    has_token = await token.read() is not None
+    return list(_sentences(config, where, token, has_token=has_token))
+
+
+def _sentences(config: Config, where: str, token: Token, *, has_token: bool) -> Iterator[str]:
     yield f"{where} is valid."
     for file in config.inputs.files:
         yield f"Reads   {_input(file)}"

@@ -137,7 +137,7 @@ def check(config_path: Path | None, connect: bool) -> None:
     from metershipper.check import explain, prove_connection
 
     config, where = _load(config_path)
-    for line in explain(config, where):
+    for line in asyncio.run(explain(config, where)):
         click.echo(line)
     if connect:
         proof = asyncio.run(prove_connection(config, where))

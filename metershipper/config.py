@@ -198,7 +198,10 @@ class Attribute(_Section):
 class Metering(_Section):
     """What is metered and how; the names are those of Kong's metering-and-billing plugin."""
 
-    source: str = Field("kong", min_length=1, pattern=r"^[A-Za-z0-9._~:/@!$&'()*+,;=%?#-]+$")
+    # A URI reference that every parser takes; what looks like host:port is not one.
+    source: str = Field(
+        "kong", min_length=1, pattern=r"^([A-Za-z][A-Za-z0-9+.-]*:)?([A-Za-z0-9._~/@?#&=+-]|%[0-9A-Fa-f]{2})+$"
+    )
     meter_api_requests: bool = True
     meter_ai_token_usage: bool = True
     on_missing_subject: Literal["skip", "dead_letter"] = "skip"

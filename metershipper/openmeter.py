@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import aiofiles
 import httpx
 
 from metershipper import __version__
@@ -35,12 +36,13 @@ class Token:
         self._secret = settings.api_token
         self._file = settings.api_token_file
 
-    def read(self) -> str | None:
+    async def read(self) -> str | None:
         """The token now; None when none is configured. Raises ConfigError naming the file, never what it holds."""
         if self._file is None:
             return self._secret.get_secret_value() if self._secret else None
         try:
-            text = self._file.read_text(encoding="ascii").strip()
+            async with aiofiles.open(self._file, encoding="ascii") as file:
+                text = (await file.read()).strip()
         except OSError as error:
             raise ConfigError(f"{self._file}: the token can't be read: {error.strerror}") from None
         except UnicodeDecodeError:
@@ -76,7 +78,7 @@ class Endpoint:
         self._token = Token(settings)
 
     async def __aenter__(self) -> "Endpoint":
-        self._authorization = self._read_authorization()
+        self._authorization = await self._read_authorization()
         _refuse_unusable(self._url)
         verify = _tls_context(self._settings)
         try:
@@ -105,8 +107,8 @@ class Endpoint:
     ) -> None:
         await self._client.aclose()
 
-    def _read_authorization(self) -> dict[str, str]:
-        token = self._token.read()
+    async def _read_authorization(self) -> dict[str, str]:
+        token = await self._token.read()
         return {"Authorization": f"Bearer {token}"} if token else {}
 
     async def post(self, body: bytes) -> Answer:
@@ -120,7 +122,7 @@ class Endpoint:
         except (httpx.HTTPError, OSError) as error:
             return Answer(Verdict.RETRY, one_line(_without_token(describe(error), sent)))
         if status in (401, 403):
-            self._renew_token()
+            await self._renew_token()
         return classify(status, _without_token(content_type, sent), _without_token(text, sent))
 
     async def _exchange(self, body: bytes, headers: dict[str, str]) -> tuple[int, str, str]:
@@ -147,10 +149,10 @@ class Endpoint:
         text = bytes(content).decode("utf-8", "replace")
         return response.status_code, response.headers.get("content-type", ""), text
 
-    def _renew_token(self) -> None:
+    async def _renew_token(self) -> None:
         """The token file may have been rotated. An unreadable one changes nothing: the next try reports the refusal."""
         try:
-            self._authorization = self._read_authorization()
+            self._authorization = await self._read_authorization()
         except ConfigError:
             return
 

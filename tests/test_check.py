@@ -34,7 +34,7 @@ def load(directory: Path, toml: str) -> Config:
 
 
 def told(directory: Path, toml: str) -> list[str]:
-    return list(explain(load(directory, toml), "config.toml"))
+    return asyncio.run(explain(load(directory, toml), "config.toml"))
 
 
 def check(directory: Path, toml: str, *options: str) -> Result:
@@ -184,7 +184,7 @@ def test_a_log_this_user_may_not_read_is_told(tmp_path: Path) -> None:
     if user[0] == 0:  # to root no mode means anything
         os.setresuid(65534, -1, -1)
     try:
-        words = list(explain(config, "config.toml"))
+        words = asyncio.run(explain(config, "config.toml"))
     finally:
         os.setresuid(*user)
     assert words[1] == f"Reads   {log}, from the beginning; {log} is not readable by this user"

@@ -365,6 +365,8 @@ def test_every_problem_is_told_at_once_one_line_each(tmp_path: Path) -> None:
         ),
         ("[openmeter.retry]\nmax_delay_seconds = 0.1", "openmeter.retry: max_delay_seconds is below initial_delay_sec"),
         ('[metering]\nsource = "a b"', "metering.source: String should match pattern"),
+        ('[metering]\nsource = "100%"', "metering.source: String should match pattern"),
+        ('[metering]\nsource = "10.0.0.1:8000"', "metering.source: String should match pattern"),
         ('[metering]\nsource = "kong\\n"', "metering.source: String should match pattern"),
         ('[metering]\nsource = ""', "metering.source: String should have at least 1 character"),
         (

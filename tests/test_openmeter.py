@@ -336,7 +336,7 @@ def test_a_file_without_a_token_is_refused_by_its_name_alone(content: str, tmp_p
     file = tmp_path / "token"
     file.write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError) as caught:
-        Token(OpenMeter(api_token_file=file)).read()
+        asyncio.run(Token(OpenMeter(api_token_file=file)).read())
     assert str(caught.value) == f"{file}: holds no token; it must be one line of printable ASCII without spaces"
 
 
@@ -346,8 +346,8 @@ def test_a_token_file_that_can_not_be_read_stops_the_start(tmp_path: Path) -> No
 
 
 def test_a_token_comes_from_the_configuration_or_not_at_all() -> None:
-    assert Token(settings()).read() == SECRET
-    assert Token(OpenMeter()).read() is None
+    assert asyncio.run(Token(settings()).read()) == SECRET
+    assert asyncio.run(Token(OpenMeter()).read()) is None
     assert Token(OpenMeter()).warning is None
 
 
