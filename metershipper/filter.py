@@ -5,16 +5,17 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, Protocol, cast
+from typing import BinaryIO, NamedTuple, Protocol, cast
 
 import msgspec
 
 from metershipper.books import DEAD_LETTERS, SKIPPED, Books, Count
-from metershipper.config import Metering
 from metershipper.errors import MeterShipperError, UsageError
+from metershipper.events import DeadLetter, Mapped
 from metershipper.followed import BLOCK_BYTES, KEPT_OF_OVERLONG_LINE_BYTES, MAX_LINE_BYTES
 from metershipper.lines import whole_lines
-from metershipper.mapper import DeadLetter, Mapped, Mapper, overlong_line
+from metershipper.mapper import Mapper, overlong_line
+from metershipper.metering import Metering
 
 STDIN = "-"
 SHOWN_BAD_LINES = 10
@@ -34,10 +35,10 @@ def map_paths(metering: Metering, paths: tuple[str, ...], out: BinaryIO, report:
     shown = 0
     try:
         for path in paths:
-            with _opened(path) as source:
-                for mapped in _mapped_blocks(mapper, source):
-                    out.write(encode_lines(mapped.events))
-                    out.flush()
+            with opened(path) as source:
+                for chunk in chunks_of(source):
+                    mapped = _mapped(mapper, chunk)
+                    _write(out, encode_lines(mapped.events))
                     books.update(mapped.books)
                     for dead_letter in mapped.dead_letters[: SHOWN_BAD_LINES - shown]:
                         report(_bad_line(path, dead_letter))
@@ -47,16 +48,26 @@ def map_paths(metering: Metering, paths: tuple[str, ...], out: BinaryIO, report:
     return books
 
 
-def summary(books: Books) -> list[str]:
-    """The books of a run, in lines for people."""
+def _write(out: BinaryIO, data: bytes) -> None:
+    try:
+        out.write(data)
+        out.flush()
+    except BrokenPipeError:
+        raise  # whoever read the output has seen enough
+    except OSError as error:
+        raise MeterShipperError(f"the output can't be written: {error.strerror}") from None
+
+
+def summary(books: Books, kept_aside: str = "bad lines") -> list[str]:
+    """The books of a run, in lines for people. `kept_aside`: what to call what could not be billed."""
     tokens_in, tokens_out = books[Count.TOKENS_REQUEST], books[Count.TOKENS_RESPONSE]
     lines = [
         f"{books[Count.LINES]} lines: {books[Count.BILLED]} entries billed, {books.skipped} skipped, "
-        f"{books.dead_letters} bad lines",
+        f"{books.dead_letters} {kept_aside}",
         f"{books[Count.EVENTS]} events; tokens: {tokens_in} request (input), {tokens_out} response (output)",
     ]
     lines += [f"skipped: {reason} {count}" for reason, count in books.by_reason(SKIPPED).items()]
-    lines += [f"bad lines: {reason} {count}" for reason, count in books.by_reason(DEAD_LETTERS).items()]
+    lines += [f"{kept_aside}: {reason} {count}" for reason, count in books.by_reason(DEAD_LETTERS).items()]
     if failed := books[Count.FAILED_AI_CALLS]:
         lines.append(f"AI calls not billed: failed_ai_call {failed} (only an estimate of their input was logged)")
     if hashed := books[Count.HASHED_IDS]:
@@ -71,7 +82,8 @@ class _Source(Protocol):
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[_Source]:
+def opened(path: str) -> Iterator[_Source]:
+    """A path or stdin, unpacked when it is gzip. Raises as `map_paths` does."""
     if path == STDIN:
         yield cast(_Source, sys.stdin.buffer)
         return
@@ -89,23 +101,37 @@ def _opened(path: str) -> Iterator[_Source]:
             raise MeterShipperError(f"{path}: damaged ({error}); mapped as far as it unpacks") from None
 
 
-def _mapped_blocks(mapper: Mapper, source: _Source) -> Iterator[Mapped]:
-    """The source in blocks of whole lines, mapped; the last line may lack its newline. Memory is bounded."""
+class Chunk(NamedTuple):
+    """Whole lines at `start_offset`; when `overlong_bytes`, one line of that length, of which `data` is the head."""
+
+    data: bytes
+    start_offset: int
+    overlong_bytes: int = 0
+
+
+def chunks_of(source: _Source) -> Iterator[Chunk]:
+    """A source in chunks of whole lines; the last line may lack its newline. Memory is bounded."""
     rest, offset = b"", 0
     while data := source.read1(BLOCK_BYTES):
         data = rest + data
         length = whole_lines(data)
         if length:
-            yield mapper.map_lines(data[:length], offset)
+            yield Chunk(data[:length], offset)
             offset += length
         rest = data[length:]
         if len(rest) >= MAX_LINE_BYTES:
             head = rest[:KEPT_OF_OVERLONG_LINE_BYTES]
             skipped, rest = _skip_line(source, len(rest))
-            yield overlong_line(head, offset, offset + skipped)
+            yield Chunk(head, offset, skipped)
             offset += skipped
     if rest:
-        yield mapper.map_lines(rest, offset)
+        yield Chunk(rest, offset)
+
+
+def _mapped(mapper: Mapper, chunk: Chunk) -> Mapped:
+    if chunk.overlong_bytes:
+        return overlong_line(chunk.data, chunk.start_offset, chunk.start_offset + chunk.overlong_bytes)
+    return mapper.map_lines(chunk.data, chunk.start_offset)
 
 
 def _skip_line(source: _Source, length: int) -> tuple[int, bytes]:
@@ -119,6 +145,10 @@ def _skip_line(source: _Source, length: int) -> tuple[int, bytes]:
 
 
 def _bad_line(path: str, dead_letter: DeadLetter) -> str:
-    where = "stdin" if path == STDIN else path
     start, end, reason, detail, _ = dead_letter
-    return f"bad line: {where}, bytes {start}-{end}: {reason}: {detail}"
+    return f"bad line: {name_of(path)}, bytes {start}-{end}: {reason}: {detail}"
+
+
+def name_of(path: str) -> str:
+    """What to call a path in a message."""
+    return "stdin" if path == STDIN else path
