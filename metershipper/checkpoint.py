@@ -166,6 +166,16 @@ def make_private_directory(directory: Path) -> None:
         raise StateError(f"{directory}: not writable by this user; change its owner or set state.directory")
 
 
+def state_problem(directory: Path) -> str | None:
+    """Why the state directory could not be used by this user; None when nothing speaks against it. Changes nothing."""
+    existing = next((path for path in (directory, *directory.absolute().parents) if path.exists()), directory)
+    if not existing.is_dir():
+        return f"{directory}: can't be created: {existing} is not a directory"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"{directory}: {existing} is not writable by this user; create it for this user or set state.directory"
+    return None
+
+
 class Checkpoint:
     """Durable positions, books and dead letters. Methods may be called from any thread, one at a time.
 
@@ -192,8 +202,9 @@ class Checkpoint:
         except sqlite3.DatabaseError as error:
             raise StateError(
                 f"{self._path}: can't be read ({error}). Keep it for inquiry: move it away together with its -wal and "
-                "-shm files. The next start then reads the log files again from their beginning; events keep their "
-                "ids, so the server bills none of them twice within its dedupe window"
+                "-shm files. The next start then reads the logs again from their beginning, and names rotated "
+                "files that it does not read; events keep their ids, so the server bills none of them twice within its "
+                "dedupe window"
             ) from None
         return self
 

@@ -30,9 +30,10 @@ from metershipper.followed import (
     Identity,
     end_of_lines,
     holds,
+    is_copy,
     read_head,
 )
-from metershipper.lines import is_rotated_name
+from metershipper.lines import COMPRESSED_SUFFIXES, is_rotated_name
 
 log = logging.getLogger("metershipper.tailer")
 
@@ -41,6 +42,7 @@ log = logging.getLogger("metershipper.tailer")
 ROTATED_IDLE_SECONDS = 300.0
 # A directory whose listing did not change is listed again after this, for a released file that grew after all.
 LISTING_SECONDS = 30.0
+_HISTORY = "rotated before its log was first followed, so it is not read; to bill it too, list it as an input"
 FRESH_SECONDS = 2.0
 
 
@@ -196,9 +198,13 @@ class FileSet:
         for entry in self.inputs:
             from_end = entry.read_from == "end" and entry.path not in self._known_inputs
             paths = sorted(glob.glob(entry.path, recursive=True)) if glob.has_magic(entry.path) else [entry.path]
+            if not any(map(os.path.lexists, paths)):
+                self._complain(entry.path, "no such file yet; it is followed as soon as it appears")
             for path in paths:
                 status = self._regular(path)
-                if status is not None:
+                if status is not None and path.endswith(COMPRESSED_SUFFIXES):
+                    self._complain(path, "compressed, so it is not followed")
+                elif status is not None:
                     current.setdefault((status.st_dev, status.st_ino), _Found(path, path, status, from_end))
         return current
 
@@ -296,9 +302,10 @@ class FileSet:
         elif found.lineage not in self._known_inputs and all(
             known.path != found.lineage for known in self._all_records()
         ):
-            # There before its log was ever looked for: history, which `replay` is for.
+            # There before its log was ever looked for: whether it was billed before, nobody here knows.
+            log.warning("%s: %s", found.path, _HISTORY)
             self._record(NewFile(found.path, *found.identity, head, size, history=True))
-        elif head.length and any(_is_copy(fd, size, head, known) for known in self._all_records()):
+        elif head.length and any(is_copy(fd, size, head, known) for known in self._all_records()):
             log.info("%s: a copy of content that is followed already; it is not read", found.path)
         else:
             log.info("%s: rotated before it was seen; reading it from its beginning", found.path)
@@ -312,7 +319,8 @@ class FileSet:
     def _place_current(self, opened: _Opened, found: _Found, current: dict[Identity, _Found]) -> None:
         fd = opened.fd
         record = self._records.get(found.identity)
-        if record is not None and holds(fd, record):
+        listed = record is not None and record.history  # passed over so far, and an input of its own now
+        if record is not None and not listed and holds(fd, record):
             self._resume(opened, found, record)
             return
         head = read_head(fd)
@@ -320,7 +328,7 @@ class FileSet:
         if moved is not None:
             self._resume(opened, found, moved)
             return
-        if record is not None:
+        if record is not None and not listed:
             log.warning("%s: holds other content than when it was last read; reading it from its beginning", found.path)
         position = end_of_lines(fd) if found.from_end else 0
         self._follow_new(opened, found, NewFile(found.path, *found.identity, head, position))
@@ -397,7 +405,8 @@ class FileSet:
         (file_id,) = self.registry.register([replace(new, supersedes=old.file_id if old else None)])
         if old is not None:
             self._superseded.append(replace(old, device=None, inode=None))
-        record = StoredFile(file_id, new.path, new.device, new.inode, new.head, Sample(), new.position)
+        place = new.path, new.device, new.inode
+        record = StoredFile(file_id, *place, new.head, Sample(), new.position, new.history)
         self._records[new.device, new.inode] = record
         return record
 
@@ -441,8 +450,3 @@ def _lineage_of(name: str, paths: set[str]) -> str | None:
     """Which of the logs at `paths` rotation gave this name; the longest, as usage-1.log.1 is not of usage.log."""
     by_length = sorted(paths, key=lambda path: (-len(path), path))
     return next((path for path in by_length if is_rotated_name(name, os.path.basename(path))), None)
-
-
-def _is_copy(fd: int, size: int, head: Sample, known: StoredFile) -> bool:
-    """Whether the open file holds what was read of a known one, or, while it is being copied, its beginning."""
-    return known.head == head and (size < known.position or holds(fd, known))

@@ -154,3 +154,8 @@ def end_of_lines(fd: int) -> int:
             return start + length
         end = start
     return 0
+
+
+def is_copy(fd: int, size: int, head: Sample, known: StoredFile) -> bool:
+    """Whether the open file holds what was read of a known one, or, while it is being copied, its beginning."""
+    return known.head == head and (size < known.position or holds(fd, known))

@@ -10,19 +10,22 @@ import asyncio
 import logging
 import sqlite3
 import time
+from collections import Counter
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from metershipper.batcher import Batch, Batcher, Span
+from metershipper.books import Dead
 from metershipper.checkpoint import Checkpoint, StateLock
 from metershipper.config import Config, endpoint_of
 from metershipper.errors import StateError
+from metershipper.events import Mapped
 from metershipper.files import FileSet
 from metershipper.followed import Block
 from metershipper.ledger import Ledger, Settled, merge
 from metershipper.mapper import Mapper, overlong_line
 from metershipper.openmeter import Endpoint
-from metershipper.shipper import Shipper
+from metershipper.shipper import REPEAT_LOG_SECONDS, Shipper
 from metershipper.tailer import Tailer
 
 log = logging.getLogger("metershipper")
@@ -58,6 +61,8 @@ class Sidecar:
         self._settled = asyncio.Event()
         self._uncommitted: list[Settled] = []
         self._shipped = False
+        self._untold: Counter[Dead] = Counter()
+        self._tell_again_at = 0.0
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
 
@@ -136,10 +141,21 @@ class Sidecar:
         else:
             mapped = self._mapper.map_lines(block.data, block.start_offset)
         span = Span.of(block.file_id, block.end_offset, block.tail, mapped)
+        self._tell_dead_letters(mapped)
         self._ledger.opened(span)
         self._batcher.add(span, mapped.events, time.monotonic())
         if not mapped.events:
             self._settled.set()
+
+    def _tell_dead_letters(self, mapped: Mapped) -> None:
+        """Say that a person is needed; a flood of bad lines is summed up from time to time."""
+        self._untold.update(letter.reason for letter in mapped.dead_letters)
+        now = time.monotonic()
+        if self._untold and now >= self._tell_again_at:
+            self._tell_again_at = now + REPEAT_LOG_SECONDS
+            counts = ", ".join(f"{count} {reason}" for reason, count in self._untold.most_common())
+            log.error("kept as dead letters: %s; nothing is lost, see `metershipper status`", counts)
+            self._untold.clear()
 
     # Settling: acknowledgements become commits
 

@@ -99,7 +99,7 @@ def render(status: Status) -> None:
     console.print(table)
     if gone := len(status.files) - len(present):
         console.print(f"and {gone} files that are gone")
-    for line in summary(status.books):
+    for line in summary(status.books, "dead letters"):
         console.print(line, markup=False)
     if not status.books.balanced:
         console.print("THE BOOKS DO NOT BALANCE: please report this, with a copy of the state directory")
