@@ -2,7 +2,7 @@
 
 
 def main() -> None:
-    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage or configuration, 3 partial."""
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage or configuration."""
     from metershipper.cli import cli
 
     cli(prog_name="metershipper")

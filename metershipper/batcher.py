@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from metershipper.books import Books
-from metershipper.mapper import DeadLetter, Mapped, UsageEvent
+from metershipper.events import DeadLetter, Mapped, UsageEvent
 
 _encode = msgspec.json.Encoder().encode
 

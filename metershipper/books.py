@@ -1,8 +1,10 @@
-"""The books: every line read is counted under exactly one outcome. The closed list of names lives here alone.
+"""The books: everything read is counted under exactly one outcome. The closed list of names lives here alone.
 
 Pure counting; never reads, writes or logs. The books balance when
 
-    lines = billed + skipped (by reason) + dead-lettered (by reason)
+    entries = billed + skipped (by reason) + dead-lettered (by reason)
+
+A line is one entry, but for an array of entries and for entries glued together, which count each (see `pieces`).
 
 Names appear unchanged in the checkpoint, in `status --json` and in `map`'s summary.
 """
@@ -18,6 +20,7 @@ class Count(StrEnum):
     """What is counted beside the reasons. `lines` and `billed` are part of the balance, the others tell more."""
 
     LINES = "lines"  # lines read, whatever became of them
+    ENTRIES = "entries"  # what those lines held; a line without any entry counts as one
     BILLED = "billed"  # entries that became at least one usage event
     EVENTS = "events"  # usage events
     TOKENS_REQUEST = "tokens.request"  # input tokens in those events
@@ -32,6 +35,11 @@ class Skip(StrEnum):
     BLANK_LINE = "blank_line"
     NO_SUBJECT = "no_subject"  # nobody to bill: no consumer, header or query parameter where the rule looks
     NO_USAGE = "no_usage"  # nothing the rules meter, for instance a plain request where only AI usage is metered
+    RULE_DISABLED = "rule_disabled"  # the most specific rule says enabled = false
+    FILTERED_METHOD = "filtered_method"  # not among the rule's `methods`; likewise the next three
+    FILTERED_STATUS = "filtered_status"
+    FILTERED_PATH = "filtered_path"
+    FILTERED_WORKSPACE = "filtered_workspace"
     FAILED_AI_CALL = "failed_ai_call"  # only an estimate of a failed AI call (status >= 400, no output)
     STREAM_SESSION = "stream_session"  # a TCP or TLS session of Kong's stream mode: no request in it
 
@@ -76,5 +84,5 @@ class Books(Counter[str]):
 
     @property
     def balanced(self) -> bool:
-        """Whether every line read has exactly one outcome."""
-        return self[Count.LINES] == self[Count.BILLED] + self.skipped + self.dead_letters
+        """Whether everything read has exactly one outcome."""
+        return self[Count.ENTRIES] == self[Count.BILLED] + self.skipped + self.dead_letters

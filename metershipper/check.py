@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from metershipper.config import Config, FileInput, Metering, OpenMeter, Subject, endpoint_of, require_for_run
+from metershipper.checkpoint import state_problem
+from metershipper.config import Config, FileInput, OpenMeter, endpoint_of, require_for_run
+from metershipper.metering import MeteringSettings, Rule, Subject
 from metershipper.openmeter import Endpoint, Token
 from metershipper.retry import Verdict
 
@@ -35,16 +37,15 @@ def _sentences(config: Config, where: str, token: Token, *, has_token: bool) -> 
     yield f"{where} is valid."
     for file in config.inputs.files:
         yield f"Reads   {_input(file)}"
-    yield f"Meters  {_meters(config.metering)}"
-    yield f"Bills   {_subject(config.metering)}"
-    for attribute in config.metering.attributes:
-        kind = "header" if attribute.source == "header" else "query parameter"
-        yield f"Adds    {attribute.event_property_name}, from the {kind} {attribute.look_up_value_in}"
-    if config.metering.personal_fields:
-        yield f"Adds    personal data: {', '.join(sorted(config.metering.personal_fields))}"
+    yield from _metering(config.metering)
+    for number, rule in enumerate(config.metering.rules):
+        yield f"Rule    metering.rules[{number}], for {_scope(rule)}, in place of the above:"
+        yield from (f"  {line}" for line in _metering(rule.over(config.metering)))
     yield f"Sends   {_destination(config.openmeter, endpoint_of(config, where), has_token)}"
     yield f'Source  "{config.metering.source}", the same for every gateway whose usage must not be billed twice'
     yield f"Keeps   positions, books and dead letters in {config.state.directory}"
+    if problem := state_problem(config.state.directory):
+        yield f"Note    {problem}"
     if token.warning:
         yield f"Note    {token.warning}"
     if has_token and _is_plain_and_remote(endpoint_of(config, where)):
@@ -55,6 +56,8 @@ def _sentences(config: Config, where: str, token: Token, *, has_token: bool) -> 
 
 def _input(file: FileInput) -> str:
     found = sorted(glob.glob(file.path, recursive=True)) if glob.has_magic(file.path) else [file.path]
+    if os.path.isdir(file.path):
+        return f"{file.path}, which is a directory and not followed: name a file in it, or a glob"
     found = [path for path in found if os.path.isfile(path)]
     start = "from the beginning" if file.read_from == "beginning" else "from its end, when it is first seen"
     if not found:
@@ -67,20 +70,49 @@ def _input(file: FileInput) -> str:
     return f"{file.path}, {start}; {files}{size:,} bytes now"
 
 
-def _meters(metering: Metering) -> str:
+def _metering(settings: MeteringSettings) -> Iterator[str]:
+    if not settings.enabled:
+        yield "Meters  nothing: enabled = false"
+        return
+    yield f"Meters  {_meters(settings)}"
+    filters = ("methods", "statuses", "paths", "workspaces")
+    only = [f"{name} {', '.join(map(str, wanted))}" for name in filters if (wanted := getattr(settings, name))]
+    if only:
+        yield f"Only    {'; '.join(only)}; others are skipped and counted"
+    yield f"Bills   {_subject(settings)}"
+    for attribute in settings.attributes:
+        kind = "header" if attribute.source == "header" else "query parameter"
+        yield f"Adds    {attribute.event_property_name}, from the {kind} {attribute.look_up_value_in}"
+    if settings.personal_fields:
+        yield f"Adds    personal data: {', '.join(sorted(settings.personal_fields))}"
+
+
+def _scope(rule: Rule) -> str:
+    parts = [f"{kind} {name}" for kind in ("consumer", "route", "service") if (name := getattr(rule, kind)) is not None]
+    return ", ".join(parts)
+
+
+def _meters(settings: MeteringSettings) -> str:
     parts = []
-    if metering.meter_api_requests:
+    if settings.meter_api_requests:
         parts.append("every API request (kong.api_request)")
-    if metering.meter_ai_token_usage:
-        zero = ", also 0" if metering.emit_zero_tokens else ""
-        failed = "also" if metering.meter_failed_ai_calls else "not"
-        parts.append(f"input and output tokens of AI calls (kong.llm_request{zero}), {failed} of failed calls")
+    if settings.meter_ai_token_usage:
+        cached = ", cached input apart" if settings.split_cached_input else ""
+        details = ", with details" if settings.token_details else ""
+        zero = ", also 0" if settings.emit_zero_tokens else ""
+        failed = "also" if settings.meter_failed_ai_calls else "not"
+        parts.append(
+            f"input and output tokens of AI calls (kong.llm_request{cached}{details}{zero}), {failed} of failed calls"
+        )
+    if settings.meter_mcp_tool_calls:
+        parts.append("every call of an MCP tool (kong.mcp_tool_call)")
     return "; ".join(parts)
 
 
-def _subject(metering: Metering) -> str:
-    missing = "skipped and counted" if metering.on_missing_subject == "skip" else "kept as dead letters"
-    return f"{_who(metering.subject)}; entries without it are {missing}"
+def _subject(settings: MeteringSettings) -> str:
+    missing = "skipped and counted" if settings.on_missing_subject == "skip" else "kept as dead letters"
+    who = ", else ".join(_who(subject) for subject in settings.subjects)
+    return f"{who}; entries without it are {missing}"
 
 
 def _who(subject: Subject) -> str:

@@ -57,7 +57,7 @@ def cli() -> None:
     nothing lost, nothing billed twice, every line accounted for.
 
     \b
-    Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 partial.
+    Exit codes: 0 done, 1 failed, 2 wrong usage or configuration.
     """
 
 
@@ -109,8 +109,10 @@ async def _run_until_signalled(sidecar: Any) -> bool:
 
 @cli.command(name="map")
 @_config_option
+@click.option("--explain", is_flag=True, help="Tell for each entry what was billed or skipped, and by which rule.")
+@click.option("--json", "as_json", is_flag=True, help="With --explain: as NDJSON.")
 @click.argument("paths", nargs=-1, metavar="[PATH]...")
-def map_command(config_path: Path | None, paths: tuple[str, ...]) -> None:
+def map_command(config_path: Path | None, explain: bool, as_json: bool, paths: tuple[str, ...]) -> None:
     """Turn entries into usage events, as a pure filter.
 
     Entries come from files or stdin (-), usage events go to stdout as NDJSON, a summary to stderr. Touches no network
@@ -120,10 +122,37 @@ def map_command(config_path: Path | None, paths: tuple[str, ...]) -> None:
     Example:
       metershipper map samples/usage.log | head -n 1
     """
+    from metershipper.explain import explain_paths
     from metershipper.filter import map_paths
 
     config = _load(config_path)[0] if _config_path(config_path) else _defaults()
+    if explain:
+        explain_paths(config.metering, paths or ("-",), _shower(as_json))
+        return
+    if as_json:
+        raise UsageError("--json goes with --explain; without it the events are NDJSON already")
+    if sys.stdout is None or sys.stdin is None:
+        raise UsageError("map needs its standard input and output open")
     map_paths(config.metering, paths or ("-",), sys.stdout.buffer, lambda text: click.echo(text, err=True))
+
+
+@cli.command(name="import-kong")
+@click.argument("paths", nargs=-1, required=True, metavar="FILE...")
+def import_kong_command(paths: tuple[str, ...]) -> None:
+    """Print the configuration for what Kong's plugin does.
+
+    Reads what there is for Kong's metering-and-billing plugin, from files or stdin (-): decK YAML, Admin API or Konnect
+    API bodies, Kubernetes KongPlugin manifests, Terraform. What has no equivalent becomes a comment that says why.
+    Secrets are never copied.
+
+    \b
+    Example:
+      metershipper import-kong kong.yaml > config.toml
+    """
+    from metershipper.kong_import import import_kong
+
+    text = import_kong(paths, lambda line: click.echo(f"metershipper: {line}", err=True))
+    click.echo(text, nl=False)
 
 
 @cli.command()
@@ -210,6 +239,20 @@ def demo(keep: Path | None) -> None:
     sys.exit(0 if run_demo(keep) else 1)
 
 
+def _shower(as_json: bool) -> Callable[[dict[str, Any]], None]:
+    """How `map --explain` prints a report."""
+    if as_json:
+        import orjson
+
+        return lambda told: click.echo(orjson.dumps(told))
+    from rich.console import Console
+
+    from metershipper.explain import line_of
+
+    console = Console(highlight=False, soft_wrap=True)
+    return lambda told: console.print(line_of(told))
+
+
 def _config_path(given: Path | None) -> Path | None:
     """The configuration file to use; None when none was named and there is none in this directory."""
     if given is not None:
@@ -221,9 +264,11 @@ def _config_path(given: Path | None) -> Path | None:
 
 def _load(given: Path | None) -> "tuple[Config, str]":
     """The configuration, and how to name its origin in a message."""
-    from metershipper.config import load_config
+    from metershipper.config import ENV_DELIMITER, ENV_PREFIX, load_config
 
     path = _config_path(given)
+    if path is None and any(name.startswith(ENV_PREFIX) and ENV_DELIMITER in name for name in os.environ):
+        return load_config(None), "environment"
     if path is None:
         raise ConfigError(
             f"{DEFAULT_CONFIG}: no such file here; name one with -c or ${CONFIG_VARIABLE}, or copy config.example.toml"

@@ -7,16 +7,14 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SecretStr,
     ValidationError,
@@ -27,28 +25,14 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from metershipper.errors import ConfigError
+from metershipper.metering import ONE_OR_SEVERAL, Metering, Section
 
 ENV_PREFIX = "METERSHIPPER_"
 ENV_DELIMITER = "__"
-# Kong logs these two headers as "REDACTED" (kong/pdk/log.lua, all versions from 2.1).
-REDACTED_HEADERS = frozenset({"authorization", "proxy-authorization"})
-# The `data` properties of the two usage events, in the order in which the mapper fills them; an attribute may not
-# take the place of one of them.
-API_FIELDS = (
-    "request_method", "request_host", "request_size_bytes", "response_http_status", "response_size_bytes",
-    "upstream_status", "route_id", "route_name", "service_id", "service_name", "service_port", "service_protocol",
-    "subject_type", "client_ip", "request_uri", "request_user_agent",
-)  # fmt: skip
-LLM_FIELDS = (
-    "tokens", "type", "model", "request_model", "response_model", "provider", "ai_plugin_id", "ai_plugin_name",
-    "api_request_id", "cache_status", "http_status", "route_id", "route_name", "service_id", "service_name",
-    "subject_type",
-)  # fmt: skip
 # Sections of the contract that this version does not serve yet: refused, so that nobody waits for what never comes.
 NOT_YET = {
     "inputs.http_log": "receiving Kong's http-log is not part of this version: follow a file-log instead",
     "admin": "metrics and health are not part of this version: use `metershipper status --json`",
-    "metering.rules": "scoped rules are not part of this version: [metering] holds for all entries",
 }
 
 
@@ -62,11 +46,7 @@ PositiveSeconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 CheckedPath = Annotated[Path, BeforeValidator(_checked_path)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Batch(_Section):
+class Batch(Section):
     """What one POST may carry: it is sent when the first of these is reached."""
 
     max_events: int = Field(500, gt=0, le=10_000)
@@ -74,7 +54,7 @@ class Batch(_Section):
     max_wait_seconds: PositiveSeconds = 1.0
 
 
-class Retry(_Section):
+class Retry(Section):
     """Waiting between tries: exponential with full jitter. There is no give-up: usage is money."""
 
     initial_delay_seconds: PositiveSeconds = 0.5
@@ -87,7 +67,7 @@ class Retry(_Section):
         return self
 
 
-class OpenMeter(_Section):
+class OpenMeter(Section):
     """Where usage events go, and how."""
 
     ingest_endpoint: str | None = None
@@ -115,13 +95,13 @@ class OpenMeter(_Section):
     @model_validator(mode="after")
     def _one_of_each(self) -> "OpenMeter":
         if self.api_token is not None and self.api_token_file is not None:
-            raise ValueError("api_token and api_token_file are both set; keep one")
+            raise ValueError("api_token and api_token_file are both set, here or by environment; keep one")
         if self.ca_file is not None and not self.ssl_verify:
             raise ValueError("ca_file has no meaning with ssl_verify = false; remove one")
         return self
 
 
-class FileInput(_Section):
+class FileInput(Section):
     """A log file to follow, or a glob."""
 
     path: str = Field(min_length=1)
@@ -131,12 +111,14 @@ class FileInput(_Section):
     @classmethod
     def _checked_log(cls, path: str) -> str:
         _checked_path(path)
+        if path.startswith("~"):
+            raise ValueError("~ is not expanded; write the whole path")
         if path.endswith((".gz", ".zst")):
             raise ValueError("a compressed file does not grow; follow the log Kong writes")
         return path
 
 
-class Inputs(_Section):
+class Inputs(Section):
     """Where entries come from."""
 
     files: tuple[FileInput, ...] = ()
@@ -151,75 +133,10 @@ class Inputs(_Section):
         return files
 
 
-class State(_Section):
+class State(Section):
     """Where positions, books and dead letters are kept: one directory for one process."""
 
     directory: CheckedPath = Path("/var/lib/metershipper")
-
-
-class Subject(_Section):
-    """Who is billed. Without `field` a consumer is `consumer:<id>`, as Kong's own plugin names it."""
-
-    look_up_value_in: Literal["consumer", "application", "header", "query"] = "consumer"
-    field: str | None = Field(None, min_length=1)
-
-    @model_validator(mode="after")
-    def _checked_field(self) -> "Subject":
-        where, field = self.look_up_value_in, self.field
-        if where == "consumer" and field not in (None, "username", "custom_id", "id"):
-            raise ValueError(
-                f"field {field!r} is not known for a consumer; use username, custom_id or id, or leave it out"
-            )
-        if where == "application" and field is not None:
-            raise ValueError("field has no meaning with look_up_value_in = 'application'; remove it")
-        if where in ("header", "query") and field is None:
-            raise ValueError(f"field is missing: the name of the {where} to look in")
-        if where == "header":
-            _refuse_redacted(str(field))
-        return self
-
-
-class Attribute(_Section):
-    """An extra dimension: a header or query parameter of the request as a property of `data`."""
-
-    source: Literal["header", "query"]
-    look_up_value_in: str = Field(min_length=1)
-    event_property_name: str = Field(min_length=1, pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*$")
-
-    @model_validator(mode="after")
-    def _checked_names(self) -> "Attribute":
-        if self.source == "header":
-            _refuse_redacted(self.look_up_value_in)
-        if self.event_property_name in API_FIELDS + LLM_FIELDS:
-            raise ValueError(f"event_property_name {self.event_property_name!r} is a built-in property; choose another")
-        return self
-
-
-class Metering(_Section):
-    """What is metered and how; the names are those of Kong's metering-and-billing plugin."""
-
-    # A URI reference that every parser takes; what looks like host:port is not one.
-    source: str = Field(
-        "kong", min_length=1, pattern=r"^([A-Za-z][A-Za-z0-9+.-]*:)?([A-Za-z0-9._~/@?#&=+-]|%[0-9A-Fa-f]{2})+$"
-    )
-    meter_api_requests: bool = True
-    meter_ai_token_usage: bool = True
-    on_missing_subject: Literal["skip", "dead_letter"] = "skip"
-    emit_zero_tokens: bool = False
-    meter_failed_ai_calls: bool = False
-    personal_fields: frozenset[Literal["client_ip", "request_uri", "request_user_agent"]] = frozenset()
-    subject: Subject = Subject()
-    attributes: tuple[Attribute, ...] = ()
-
-    @model_validator(mode="after")
-    def _checked_as_a_whole(self) -> "Metering":
-        if not self.meter_api_requests and not self.meter_ai_token_usage:
-            raise ValueError("nothing would be metered: set meter_api_requests or meter_ai_token_usage to true")
-        names = [attribute.event_property_name for attribute in self.attributes]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
-            raise ValueError(f"two attributes are named {repeated[0]!r}")
-        return self
 
 
 class Config(BaseSettings):
@@ -327,12 +244,24 @@ def _unknown_variables(environment: Mapping[str, str]) -> list[str]:
     ours = [name for name in environment if name.startswith(ENV_PREFIX) and ENV_DELIMITER in name]
     named = {name: name.removeprefix(ENV_PREFIX).split(ENV_DELIMITER)[0].lower() for name in sorted(ours)}
     unknown = f"unknown section; known are {', '.join(sections)}"
-    return [f"environment: {n}: {NOT_YET.get(name, unknown)}" for n, name in named.items() if name not in sections]
+    problems = [f"environment: {n}: {NOT_YET.get(name, unknown)}" for n, name in named.items() if name not in sections]
+    meant = {name.replace(ENV_DELIMITER, "_"): name for name in _variables(Config, ENV_PREFIX)}
+    single = [name for name in sorted(environment) if name.upper() in meant and ENV_DELIMITER not in name]
+    return problems + [f"environment: {name}: unknown; did you mean {meant[name.upper()]}?" for name in single]
+
+
+def _variables(model: Any, prefix: str) -> Iterator[str]:
+    """The variable of every key below `model`."""
+    for name in model.model_fields:
+        section = _model_of(model, name)
+        if hasattr(section, "model_fields") and section is not FileInput:
+            yield from _variables(section, f"{prefix}{name.upper()}{ENV_DELIMITER}")
+        yield f"{prefix}{name.upper()}"
 
 
 def _problem(detail: dict[str, Any], where: str) -> str:
     location: tuple[Any, ...] = detail["loc"]
-    key = ".".join(str(part) for part in location)
+    key = ".".join(str(part) for part in location if part not in ONE_OR_SEVERAL)
     origin = _variable_of(detail) or where
     if detail["type"] == "extra_forbidden":
         return f"{origin}: {key}: {NOT_YET.get(key) or f'unknown key{_suggestion(location)}'}"
@@ -342,12 +271,23 @@ def _problem(detail: dict[str, Any], where: str) -> str:
     number = isinstance(given, int | float) and not kind.endswith("_type") and kind != "value_error"
     shown = f" (it is {given!r:.40})" if number or (kind == "literal_error" and isinstance(given, str)) else ""
     message = str(detail["msg"]).removeprefix("Value error, ").replace("Input should", "should", 1)
+    for theirs, ours in _PLAIN_WORDS.items():
+        message = re.sub(theirs, ours, message)
     return f"{origin}: {key}: {message}{shown}"
+
+
+# What pydantic calls by Python's names, in TOML's.
+_PLAIN_WORDS = {
+    r"a valid (tuple|frozenset)": "a list",
+    r"a valid dictionary( or instance of \w+)?": "a table",
+    r"String should match pattern .*": "holds a character that can't stand there",
+}
 
 
 def _variable_of(detail: dict[str, Any]) -> str | None:
     """The environment variable a problem comes from; None when it comes from the file."""
-    keys = takewhile(lambda part: not isinstance(part, int), detail["loc"])  # a list comes from one variable as JSON
+    location = [part for part in detail["loc"] if part not in ONE_OR_SEVERAL]
+    keys = takewhile(lambda part: not isinstance(part, int), location)  # a list comes from one variable as JSON
     variable = ENV_PREFIX + ENV_DELIMITER.join(str(part).upper() for part in keys)
     ours = sorted(name.upper() for name in os.environ)
     if variable in ours:
@@ -360,7 +300,7 @@ def _variable_of(detail: dict[str, Any]) -> str | None:
 def _suggestion(location: tuple[Any, ...]) -> str:
     model: Any = Config
     for part in location[:-1]:
-        if not isinstance(part, int):
+        if not isinstance(part, int) and part not in ONE_OR_SEVERAL:
             model = _model_of(model, str(part))
     known = sorted(model.model_fields)
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
@@ -399,8 +339,3 @@ def _checked_url(url: str) -> str:
             "and /v3/openmeter/events on Konnect"
         )
     return url
-
-
-def _refuse_redacted(header: str) -> None:
-    if header.lower() in REDACTED_HEADERS:
-        raise ValueError(f'Kong logs the header {header!r} as "REDACTED" for every request; choose another')

@@ -16,10 +16,8 @@ from typing import Annotated, Any, Generic, TypeVar
 import msgspec
 
 from metershipper.books import Dead
+from metershipper.pieces import Unbillable
 
-BOM = b"\xef\xbb\xbf"
-# Python refuses to parse longer integers (CVE-2020-10735); as a float such a number is still comparable, and refused.
-MAX_INTEGER_DIGITS = 4000
 # No status, size or port is larger, and a server refuses the whole batch for a number of hundreds of digits.
 MAX_INTEGER = 2**63 - 1
 Integer = Annotated[int, msgspec.Meta(ge=-MAX_INTEGER, le=MAX_INTEGER)]
@@ -27,15 +25,6 @@ Integer = Annotated[int, msgspec.Meta(ge=-MAX_INTEGER, le=MAX_INTEGER)]
 HeadersT = TypeVar("HeadersT")
 QueryT = TypeVar("QueryT")
 AiT = TypeVar("AiT")
-
-
-class Unbillable(Exception):
-    """The line becomes a dead letter: `reason` from the closed list, `detail` in words, never the line's content."""
-
-    def __init__(self, reason: Dead, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-        self.detail = detail
 
 
 class Usage(msgspec.Struct, gc=False):
@@ -50,6 +39,10 @@ class Usage(msgspec.Struct, gc=False):
     completion_token: Any = None
     input_tokens: Any = None
     output_tokens: Any = None
+    prompt_tokens_details: Any = None  # tables of counts, from 3.11
+    completion_tokens_details: Any = None
+    input_tokens_details: Any = None
+    output_tokens_details: Any = None
 
 
 class Meta(msgspec.Struct, gc=False):
@@ -67,10 +60,19 @@ class Cache(msgspec.Struct, gc=False):
     cache_status: str | None = None
 
 
-class AiPart(Usage, gc=False):
-    """One value under `ai`: a plugin's container (3.7 and later), or the flat `ai.usage` or `ai.meta` (3.6).
+class McpCall(msgspec.Struct, gc=False):
+    """One call in `ai.mcp.rpc` (3.12 and later). `latency` in milliseconds; `error` as the tool's server put it."""
 
-    One type for the three, so that the whole of `ai` decodes in one pass whatever plugins there are.
+    method: str | None = None
+    tool_name: str | None = None
+    latency: Any = None
+    error: Any = None
+
+
+class AiPart(Usage, gc=False):
+    """One value under `ai`: a plugin's container (3.7 and later), the flat `ai.usage` or `ai.meta` (3.6), or `ai.mcp`.
+
+    One type for all, so that the whole of `ai` decodes in one pass whatever plugins there are.
     """
 
     usage: Usage | None = None
@@ -80,6 +82,7 @@ class AiPart(Usage, gc=False):
     provider_name: str | None = None
     request_model: str | None = None
     response_model: str | None = None
+    rpc: list[McpCall] | None = None
 
 
 class Request(msgspec.Struct, Generic[HeadersT, QueryT], gc=False):
@@ -147,6 +150,8 @@ class Entry(msgspec.Struct, Generic[HeadersT, QueryT, AiT]):
     route: Route | None = None
     service: Service | None = None
     upstream_status: str | None = None
+    workspace: str | None = None
+    workspace_name: str | None = None
     ai: AiT | None = None
     session: _Unread | None = None  # of stream mode
 
@@ -178,41 +183,20 @@ class EntryDecoder:
         self._type: Any = Entry[_named_values("Headers", headers), _named_values("Query", query), ai_type]  # type: ignore[misc]  # compiled at run time
         self._fast = msgspec.json.Decoder(self._type).decode
 
-    def decode(self, line: bytes) -> Entry[Any, Any, Any]:
-        """The entry in `line`. Raises `Unbillable` for what is no JSON object of Kong's."""
+    def decode(self, line: bytes) -> Entry[Any, Any, Any] | None:
+        """The entry in `line`, the fast way; None where it takes `pieces` and `convert` to tell what it holds."""
         try:
             entry: Entry[Any, Any, Any] = self._fast(line)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            entry = _convert(self._type, parse_leniently(line))
+            return None
+        return None if entry.request is None else entry
+
+    def convert(self, value: dict[str, Any]) -> Entry[Any, Any, Any]:
+        """The entry in an object. Raises `Unbillable` for an object that is none of Kong's."""
+        entry: Entry[Any, Any, Any] = _convert(self._type, value)
         if entry.request is None and entry.session is None:
             raise Unbillable(Dead.NOT_AN_ENTRY, "a JSON object without `request`, which every Kong entry has")
         return entry
-
-
-def parse_leniently(line: bytes) -> dict[str, Any]:
-    """The object in `line`: a BOM or NULs before it are skipped, invalid UTF-8 becomes U+FFFD, control characters pass.
-
-    Kong's encoder copies a client's bytes as they are (lua-cjson), so such a line is still a request to be billed.
-    Raises `Unbillable` where no object can be read.
-    """
-    text = line.lstrip(b"\0").removeprefix(BOM).decode("utf-8", "replace")
-    try:
-        value = json.loads(text, strict=False, parse_int=_parse_integer)
-    except RecursionError:
-        raise Unbillable(Dead.NOT_JSON, "nested too deep") from None
-    except ValueError as error:
-        position = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
-        raise Unbillable(Dead.NOT_JSON, f"not valid JSON{position}") from None
-    if not isinstance(value, dict):
-        raise Unbillable(Dead.NOT_AN_ENTRY, f"a JSON {_JSON_NAMES.get(type(value), 'number')}, not an object")
-    return value
-
-
-_JSON_NAMES = {list: "array", str: "string", bool: "boolean", type(None): "null"}
-
-
-def _parse_integer(digits: str) -> int | float:
-    return int(digits) if len(digits) <= MAX_INTEGER_DIGITS else float(digits)
 
 
 def clean_text(text: str) -> str:
@@ -230,6 +214,9 @@ def _convert(wanted: Any, value: Any) -> Any:
     if origin is dict:
         item = typing.get_args(wanted)[1]
         return {clean_text(k): _convert(item, v) or item() for k, v in value.items()} if _is_object(value) else None
+    if origin is list:
+        (item,) = typing.get_args(wanted)
+        return [_convert(item, v) or item() for v in value] if isinstance(value, list) else None
     if wanted is Any:
         return _clean(value)
     if wanted is str:
@@ -273,15 +260,15 @@ def format_number(value: int | float) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def content_hash(line: bytes) -> str:
-    """First 32 hex digits of the SHA-256 of the entry as canonical JSON: recipe 1, pinned by a test.
+def content_hash(value: dict[str, Any]) -> str:
+    """First 32 hex digits of the SHA-256 of an entry as canonical JSON: recipe 1, pinned by a test.
 
     Canonical: keys sorted, no white space, integral numbers as integers, everything beyond ASCII escaped, so that
     key order, `\\/` and a re-encoding on the way change nothing. For entries without a request id (Kong before 3.5).
-    Raises `Unbillable` as `parse_leniently` does.
+    Raises `Unbillable` for what is nested too deep.
     """
     try:
-        canonical = json.dumps(_canonical(parse_leniently(line)), sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(_canonical(value), sort_keys=True, separators=(",", ":"))
     except RecursionError:
         raise Unbillable(Dead.NOT_JSON, "nested too deep") from None
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:32]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from metershipper.batcher import Batch, Span
 from metershipper.books import Books
-from metershipper.mapper import DeadLetter
+from metershipper.events import DeadLetter
 
 
 @dataclass(slots=True)

@@ -1,109 +1,139 @@
-"""Rules compiled from the configuration into functions of an entry: who is billed, and by which attributes. Pure."""
+"""Which settings hold for an entry: scoped rules in Kong's precedence, and their filters. Pure."""
 
+import re
 from collections.abc import Callable
-from operator import attrgetter
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
 
-from metershipper.books import Dead
-from metershipper.config import Attribute, Subject
-from metershipper.entry import Entry, Unbillable, format_number
+from metershipper.books import Skip
+from metershipper.meter import Meter
+from metershipper.metering import MeteringSettings, Rule, path_pattern, status_range
+from metershipper.readers import AnyEntry
 
-MAX_SUBJECT_BYTES = 1024
-PERSONAL_FIELDS = ("client_ip", "request_uri", "request_user_agent")
+# Kong's precedence of plugin scopes, the most specific first (consumer groups left out: no log names them).
+PRECEDENCE = (
+    ("consumer", "route", "service"),
+    ("consumer", "route"),
+    ("consumer", "service"),
+    ("route", "service"),
+    ("consumer",),
+    ("route",),
+    ("service",),
+)
+# Entries of one gateway name few different scopes; past this many the choice is made anew.
+MAX_REMEMBERED_SCOPES = 10_000
 
-AnyEntry: TypeAlias = Entry[Any, Any, Any]
-
-
-def first_value(value: Any) -> str | None:
-    """The first value of a header or query parameter as text; None when absent, empty or without a value (`?beta`)."""
-    if isinstance(value, list):
-        value = value[0] if value else None
-    if type(value) is str:
-        return value or None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return format_number(value)
-
-
-def _checked_subject(subject: str | None) -> str | None:
-    """Raises `Unbillable` for what no customer is called: over 1 KiB, or with control characters."""
-    if subject is None or (len(subject) < MAX_SUBJECT_BYTES // 4 and subject.isprintable()):
-        return subject
-    if len(subject.encode("utf-8", "replace")) > MAX_SUBJECT_BYTES:
-        raise Unbillable(Dead.BAD_SUBJECT, f"the subject is longer than {MAX_SUBJECT_BYTES} bytes")
-    if any(character < " " or character == "\x7f" for character in subject):
-        raise Unbillable(Dead.BAD_SUBJECT, "the subject holds control characters")
-    return subject
+Names = tuple[str | None, ...]
 
 
-def value_reader(section: str, attribute: str) -> Callable[[AnyEntry], str | None]:
-    """How to read one header or query parameter: its field `attribute` in that `section` of the request."""
-    read_section, read_value = attrgetter(f"request.{section}"), attrgetter(attribute)
+@dataclass(slots=True)
+class RuleBook:
+    """The rules of one configuration, and the meter that each stands for; `base` is `[metering]` itself."""
 
-    def read(entry: AnyEntry) -> str | None:
-        values = read_section(entry)
-        return None if values is None else first_value(read_value(values))
+    base: Meter
+    base_settings: MeteringSettings
+    rules: list[tuple[Rule, MeteringSettings, Meter]]
+    _remembered: dict[Names, list["_Choice"]] = field(default_factory=dict)
 
-    return read
+    def meter_for(self, entry: AnyEntry) -> Meter | Skip:
+        """The meter for an entry, or why it is not metered.
 
+        The most specific scope decides. Of several rules with that scope the first one whose filters pass is taken;
+        when none passes, the entry is not metered: a filter keeps out, it does not hand over to a wider scope.
+        """
+        choices = self._remembered_or_chosen(_names(entry))
+        fault: Skip | None = None
+        for choice in choices:
+            refused = choice.refuses(entry)
+            if refused is None:
+                return choice.meter
+            fault = fault or refused
+        assert fault is not None
+        return fault
 
-def subject_reader(
-    subject: Subject, headers: dict[str, str], query: dict[str, str]
-) -> Callable[[AnyEntry], str | None]:
-    """How to find who is billed; None when there is nobody where the rule looks."""
-    read: Callable[[AnyEntry], str | None]
-    match subject.look_up_value_in:
-        case "header":
-            read = value_reader("headers", headers[str(subject.field).lower()])
-        case "query":
-            read = value_reader("querystring", query[str(subject.field)])
-        case "application":
-            read = _application
-        case "consumer":
-            read = _consumer_id if subject.field is None else _consumer_field(subject.field)
-    return lambda entry: _checked_subject(read(entry))
+    def name_for(self, entry: AnyEntry) -> str:
+        """What the configuration calls the rule that decides about an entry, also when it keeps it out."""
+        meter = self.meter_for(entry)
+        return meter.name if isinstance(meter, Meter) else self._remembered_or_chosen(_names(entry))[0].meter.name
 
+    def _remembered_or_chosen(self, names: Names) -> list["_Choice"]:
+        choices = self._remembered.get(names)
+        if choices is None:
+            choices = self._choose(names)
+            if len(self._remembered) < MAX_REMEMBERED_SCOPES:
+                self._remembered[names] = choices
+        return choices
 
-def _consumer_id(entry: AnyEntry) -> str | None:
-    return f"consumer:{entry.consumer.id}" if entry.consumer and entry.consumer.id else None
-
-
-def _consumer_field(name: str) -> Callable[[AnyEntry], str | None]:
-    read_field: Callable[[Any], str | None] = attrgetter(name)
-    return lambda entry: (read_field(entry.consumer) or None) if entry.consumer else None
-
-
-def _application(entry: AnyEntry) -> str | None:
-    """The application, or the credential Konnect's application auth leaves where there is no consumer."""
-    if entry.application and entry.application.id:
-        return f"application:{entry.application.id}"
-    credential = entry.authenticated_entity
-    return f"application:{credential.id}" if credential and credential.id and entry.consumer is None else None
-
-
-def attributes_reader(
-    attributes: tuple[Attribute, ...], headers: dict[str, str], query: dict[str, str]
-) -> Callable[[AnyEntry], tuple[str | None, ...]]:
-    """How to read the attributes, in the order of the configuration."""
-    readers = [
-        value_reader("headers", headers[a.look_up_value_in.lower()])
-        if a.source == "header"
-        else value_reader("querystring", query[a.look_up_value_in])
-        for a in attributes
-    ]
-    if not readers:
-        return lambda entry: ()
-    return lambda entry: tuple(read(entry) for read in readers)
+    def _choose(self, names: Names) -> list["_Choice"]:
+        matching = [(_rank(rule), settings, meter) for rule, settings, meter in self.rules if _matches(rule, names)]
+        if not matching:
+            return [_Choice(self.base, _filter(self.base_settings))]
+        best = min(rank for rank, _, _ in matching)
+        return [_Choice(meter, _filter(settings)) for rank, settings, meter in matching if rank == best]
 
 
-def personal_reader(wanted: frozenset[str], headers: dict[str, str]) -> Callable[[AnyEntry], tuple[str | None, ...]]:
-    """The three personal fields; only the listed ones are ever read."""
-    readers: dict[str, Callable[[AnyEntry], str | None]] = {
-        "client_ip": attrgetter("client_ip"),
-        "request_uri": attrgetter("request.uri"),
-    }
-    if "request_user_agent" in wanted:
-        readers["request_user_agent"] = value_reader("headers", headers["user-agent"])
-    if not wanted:
-        return lambda entry: (None, None, None)
-    return lambda entry: tuple(readers[name](entry) if name in wanted else None for name in PERSONAL_FIELDS)
+@dataclass(slots=True, frozen=True)
+class _Choice:
+    meter: Meter
+    refuses: Callable[[AnyEntry], Skip | None]
+
+
+def _names(entry: AnyEntry) -> Names:
+    service, route, consumer = entry.service, entry.route, entry.consumer
+    return (
+        *((service.id, service.name) if service else (None, None)),
+        *((route.id, route.name) if route else (None, None)),
+        *((consumer.id, consumer.username) if consumer else (None, None)),
+    )
+
+
+def _rank(rule: Rule) -> int:
+    scope = tuple(kind for kind in ("consumer", "route", "service") if getattr(rule, kind) is not None)
+    return PRECEDENCE.index(scope)
+
+
+def _matches(rule: Rule, names: Names) -> bool:
+    scopes = ((rule.service, names[0:2]), (rule.route, names[2:4]), (rule.consumer, names[4:6]))
+    return all(wanted is None or wanted in given for wanted, given in scopes)
+
+
+def _filter(settings: MeteringSettings) -> Callable[[AnyEntry], Skip | None]:
+    """Why these settings do not meter an entry; None when they do."""
+    if not settings.enabled:
+        return lambda entry: Skip.RULE_DISABLED
+    checks: list[Callable[[AnyEntry], Skip | None]] = []
+    if settings.methods:
+        checks.append(_method_check(frozenset(method.upper() for method in settings.methods)))
+    if settings.statuses:
+        checks.append(_status_check([status_range(status) for status in settings.statuses]))
+    if settings.paths:
+        patterns = [path_pattern(path) for path in settings.paths]
+        checks.append(lambda entry: None if _path_passes(entry, patterns) else Skip.FILTERED_PATH)
+    if settings.workspaces:
+        wanted = frozenset(settings.workspaces)
+        checks.append(
+            lambda entry: None if {entry.workspace, entry.workspace_name} & wanted else Skip.FILTERED_WORKSPACE
+        )
+    return lambda entry: next((refused for check in checks if (refused := check(entry)) is not None), None)
+
+
+def _method_check(wanted: frozenset[str]) -> Callable[[AnyEntry], Skip | None]:
+    def check(entry: AnyEntry) -> Skip | None:
+        method = entry.request.method if entry.request is not None else None
+        return None if (method or "").upper() in wanted else Skip.FILTERED_METHOD
+
+    return check
+
+
+def _status_check(ranges: list[tuple[int, int]]) -> Callable[[AnyEntry], Skip | None]:
+    def check(entry: AnyEntry) -> Skip | None:
+        status = entry.response.status if entry.response is not None else None
+        passes = status is not None and any(first <= status <= last for first, last in ranges)
+        return None if passes else Skip.FILTERED_STATUS
+
+    return check
+
+
+def _path_passes(entry: AnyEntry, patterns: "list[re.Pattern[str]]") -> bool:
+    uri = entry.request.uri if entry.request is not None else None
+    path = (uri or "").partition("?")[0]
+    return any(pattern.match(path) for pattern in patterns)

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from metershipper.books import Dead
-from metershipper.entry import AiPart, Unbillable, Usage
+from metershipper.entry import AiPart, Usage
+from metershipper.metering import DETAIL_FIELDS
+from metershipper.pieces import Unbillable
 
 # OpenMeter's server reads numbers as doubles: above this an integer is no longer exact.
 MAX_TOKENS = 2**53
@@ -89,3 +91,29 @@ def shown(value: Any) -> str:
 def model_of(first: str | None, other: str | None) -> str | None:
     """Kong writes UNSPECIFIED where a plugin took the model from its own configuration: then the other one is known."""
     return first if first and first != UNSPECIFIED else other or first
+
+
+def input_details(usage: Usage) -> dict[str, int]:
+    """The details of the input tokens, by the names of `DETAIL_FIELDS`. Raises `Unbillable` for a bad count."""
+    return _details(usage.prompt_tokens_details) or _details(usage.input_tokens_details)
+
+
+def output_details(usage: Usage) -> dict[str, int]:
+    """The details of the output tokens, as `input_details`."""
+    return _details(usage.completion_tokens_details) or _details(usage.output_tokens_details)
+
+
+def cached_tokens(usage: Usage, tokens: int | None) -> int:
+    """How many of the input `tokens` came from the provider's cache. Raises `Unbillable` when that is more than all."""
+    cached = input_details(usage).get("cached_tokens", 0)
+    if cached > (tokens or 0):
+        raise Unbillable(Dead.BAD_TOKEN_COUNT, f"{cached} cached input tokens of {tokens or 0} input tokens in all")
+    return cached
+
+
+def _details(table: Any) -> dict[str, int]:
+    if not isinstance(table, dict):
+        return {}
+    # One name differs between the two forms of the table: audio_tokens_count in that of input_tokens (Kong 3.11).
+    values = {"audio_tokens": table.get("audio_tokens_count"), **table}
+    return {name: _count(values[name]) for name in DETAIL_FIELDS if values.get(name) is not None}

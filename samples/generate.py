@@ -7,8 +7,8 @@ Run from an environment where metershipper is installed: python samples/generate
 
 from pathlib import Path
 
-from metershipper.config import Metering
 from metershipper.filter import map_paths
+from metershipper.metering import Metering
 from metershipper.traffic import Traffic, Truth
 
 SEED = 31

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from metershipper.batcher import Batch, Batcher, Span, encode_batches, split_shares
 from metershipper.books import Books, Count
-from metershipper.mapper import Mapped, UsageEvent
+from metershipper.events import Mapped, UsageEvent
 
 
 def event(number: int, size: int = 0) -> UsageEvent:

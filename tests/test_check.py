@@ -127,6 +127,49 @@ def test_a_configuration_with_everything_in_words(tmp_path: Path) -> None:
     ]
 
 
+def test_rules_filters_and_details_in_words(tmp_path: Path) -> None:
+    """What a scoped rule changes is told under its scope, also what it keeps out."""
+    shown = told(
+        tmp_path,
+        to_endpoint("http://127.0.0.1:8888/api/v1/events")
+        + """
+        [metering]
+        token_details = true
+        split_cached_input = true
+        meter_mcp_tool_calls = true
+        statuses = ["2xx", 429]
+        paths = ["/v1/"]
+        subject = [{ look_up_value_in = "consumer" }, { look_up_value_in = "header", field = "x-tenant" }]
+        [[metering.rules]]
+        service = "internal"
+        enabled = false
+        [[metering.rules]]
+        route = "chat"
+        consumer = "acme"
+        meter_api_requests = false
+        meter_mcp_tool_calls = false
+        statuses = []
+        """,
+    )
+    start = shown.index(next(line for line in shown if line.startswith("Meters")))
+    assert shown[start : start + 9] == [
+        "Meters  every API request (kong.api_request); input and output tokens of AI calls "
+        "(kong.llm_request, cached input apart, with details), not of failed calls; "
+        "every call of an MCP tool (kong.mcp_tool_call)",
+        "Only    statuses 2xx, 429; paths /v1/; others are skipped and counted",
+        "Bills   the consumer, as consumer:<id>, else the value of the header x-tenant; "
+        "entries without it are skipped and counted",
+        "Rule    metering.rules[0], for service internal, in place of the above:",
+        "  Meters  nothing: enabled = false",
+        "Rule    metering.rules[1], for consumer acme, route chat, in place of the above:",
+        "  Meters  input and output tokens of AI calls (kong.llm_request, cached input apart, with details), "
+        "not of failed calls",
+        "  Only    paths /v1/; others are skipped and counted",
+        "  Bills   the consumer, as consumer:<id>, else the value of the header x-tenant; "
+        "entries without it are skipped and counted",
+    ]
+
+
 def test_a_konnect_configuration_in_words(tmp_path: Path) -> None:
     url = "https://eu.api.konghq.com/v3/openmeter/events"
     words = told(

@@ -27,8 +27,8 @@ from metershipper.checkpoint import (
     make_private_directory,
 )
 from metershipper.errors import StateError, StateInUse
+from metershipper.events import DeadLetter
 from metershipper.ledger import Settled
-from metershipper.mapper import DeadLetter
 
 NOBODY = 65534
 HEAD, TAIL = Sample.of(b"first\n"), Sample.of(b"last\n")
@@ -81,7 +81,7 @@ def new(inode: int, position: int = 0, supersedes: int | None = None, history: b
 
 
 def settled(file_id: int, end: int, lines: int, letters: int = 0) -> Settled:
-    books = Books({Count.LINES: lines, Count.BILLED: lines - letters})
+    books = Books({Count.LINES: lines, Count.ENTRIES: lines, Count.BILLED: lines - letters})
     kept = [DeadLetter(n, n + 1, Dead.NOT_JSON, "no JSON", b"\xff\x00{") for n in range(letters)]
     books.update({"dead_letters.not_json": letters})
     return Settled(file_id, end, b"last\n", books, kept)
@@ -106,7 +106,7 @@ def test_what_is_committed_is_there_when_the_file_is_opened_again(directory: Pat
             StoredFile(second, "/logs/usage.log", 7, 2, HEAD, Sample(), 5, history=True),
         ]
         assert checkpoint.inputs() == {"/logs/*.log"}
-        assert checkpoint.books() == Books(lines=5, billed=4, **{"dead_letters.not_json": 1})
+        assert checkpoint.books() == Books(lines=5, entries=5, billed=4, **{"dead_letters.not_json": 1})
         assert checkpoint.books().balanced
     with database(directory) as db:
         letters = db.execute("SELECT file_id, start_offset, end_offset, reason, detail, line FROM dead_letters")

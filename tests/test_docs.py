@@ -44,15 +44,18 @@ def console_commands() -> list[tuple[str, str]]:
 def leaf_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every key of the configuration with its default; list items as their own section."""
     for name, field in model.model_fields.items():
-        nested = [each for each in (field.annotation, *getattr(field.annotation, "__args__", ())) if is_model(each)]
+        nested = models_in(field.annotation)
         if nested:
             yield from leaf_keys(nested[0], f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field.default
 
 
-def is_model(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models a key may hold: itself, in a list, or as one form of several (`subject`: one table or a list)."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in models_in(part)]
 
 
 def as_toml(value: Any) -> str:
@@ -108,7 +111,7 @@ def test_toml_in_the_readme_loads(tmp_path: Path) -> None:
     (block,) = blocks("toml")
     path = tmp_path / "config.toml"
     path.write_text(block)
-    assert load_config(path).metering.subject.field == "username"
+    assert load_config(path).metering.subjects[0].field == "username"
 
 
 def test_the_map_command_prints_what_the_readme_shows() -> None:
@@ -137,7 +140,7 @@ def test_the_check_command_prints_what_the_readme_shows(tmp_path: Path, monkeypa
 
 
 def test_the_readme_names_every_command_and_no_other() -> None:
-    assert set(re.findall(r"^\| `metershipper (\w+)`", README, re.MULTILINE)) == set(cli.commands)
+    assert set(re.findall(r"^\| `metershipper ([\w-]+)`", README, re.MULTILINE)) == set(cli.commands)
 
 
 def test_every_command_of_the_readme_exists() -> None:

@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 
 from metershipper.batcher import Batch, Batcher, Span
 from metershipper.books import Books, Count, Dead
+from metershipper.events import DeadLetter, UsageEvent
 from metershipper.ledger import Ledger, Settled, merge
-from metershipper.mapper import DeadLetter, UsageEvent
 
 
 def span(file_id: int, end_offset: int, events: int, *, dead: int = 0) -> Span:
-    books = Books({Count.LINES: events + dead, Count.BILLED: events, "dead_letters.not_json": dead})
+    read = events + dead
+    books = Books({Count.LINES: read, Count.ENTRIES: read, Count.BILLED: events, "dead_letters.not_json": dead})
     letters = [DeadLetter(end_offset - 1, end_offset, Dead.NOT_JSON, "", b"%d" % n) for n in range(dead)]
     return Span(file_id, end_offset, b"tail %d" % end_offset, books, letters, events)
 

@@ -8,12 +8,15 @@ from typing import Any
 import msgspec
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from metershipper.books import DEAD_LETTERS, SKIPPED, Count, Dead, Skip
-from metershipper.config import API_FIELDS, LLM_FIELDS, Attribute, Metering, Subject
-from metershipper.mapper import Mapped, Mapper, as_bytes_count, overlong_line
+from metershipper.events import Mapped
+from metershipper.mapper import Explained, Mapper, overlong_line
+from metershipper.meter import as_bytes_count
+from metershipper.metering import API_FIELDS, LLM_FIELDS, Attribute, Metering, Rule, Subject
+from metershipper.pieces import Unbillable, pieces
 from metershipper.sandbox import BATCH, Version, event_faults, parse_events
 from metershipper.traffic import Traffic
 
@@ -117,10 +120,11 @@ def pair(asked: int, answered: int, **data: Any) -> list[Json]:
     ]
 
 
-def check_books(mapped: Mapped, lines: int) -> None:
-    """What must hold for any lines at all (ground rule 1)."""
+def check_books(mapped: Mapped, lines: int, entries: int | None = None) -> None:
+    """What must hold for any lines at all (ground rule 1). `entries`: None where each line is one."""
     books = mapped.books
     assert books.balanced and books[Count.LINES] == lines
+    assert books[Count.ENTRIES] == (lines if entries is None else entries)
     assert books[Count.EVENTS] == len(mapped.events)
     assert books.dead_letters == len(mapped.dead_letters)
     assert Counter(letter.reason for letter in mapped.dead_letters) == Counter(books.by_reason(DEAD_LETTERS))
@@ -129,7 +133,8 @@ def check_books(mapped: Mapped, lines: int) -> None:
     for event in events_of(mapped):
         if event["type"] == "kong.llm_request":
             tokens[event["data"]["type"]] += event["data"]["tokens"]
-    assert books[Count.TOKENS_REQUEST] == tokens["request"] and books[Count.TOKENS_RESPONSE] == tokens["response"]
+    assert books[Count.TOKENS_REQUEST] == tokens["request"] + tokens["request_cached"]
+    assert books[Count.TOKENS_RESPONSE] == tokens["response"]
 
 
 def check_accepted(mapped: Mapped) -> None:
@@ -367,6 +372,135 @@ def test_ai_usage_of_every_kong_is_billed_exactly(ai: Json, expected: list[Json]
     assert events_of(mapped_by(line, meter_ai_token_usage=False)) == [api_event()]
 
 
+# Whole entries, as each Kong writes them.
+
+DETAILED = {
+    "prompt_tokens": 12, "completion_tokens": 34, "total_tokens": 46, "cost": 0, "time_per_token": 30.142857142857,
+    "time_to_first_token": 631, "prompt_tokens_details": {"cached_tokens": 3, "audio_tokens": 0},
+    "completion_tokens_details": {"reasoning_tokens": 5, "audio_tokens": 0, "accepted_prediction_tokens": 0,
+                                  "rejected_prediction_tokens": 0},
+}  # fmt: skip
+MEDIA = {
+    "prompt_tokens": 0, "completion_tokens": 0, "input_tokens": 12, "output_tokens": 34,
+    "input_tokens_details": {"text_tokens": 2, "image_tokens": 10, "cached_tokens_details": {"image_tokens_count": 1}},
+    "output_tokens_details": {"audio_tokens_count": 34},
+}  # fmt: skip
+JUDGE = {"usage": {"prompt_tokens": 7, "completion_tokens": 1}, "meta": {"request_model": "judge"}, "llm_accuracy": 80}
+JUDGED = {"request_model": "judge", "ai_plugin_name": "ai-llm-as-judge", "model": "judge"}
+JUDGE_EVENTS = [
+    llm_event("input.ai-llm-as-judge", tokens=7, type="request", **JUDGED),
+    llm_event("output.ai-llm-as-judge", tokens=1, type="response", **JUDGED),
+]
+MCP = {
+    "mcp_session_id": "8b2d1534",
+    "rpc": [
+        {"id": "1", "method": "tools/list", "latency": 2},
+        {"id": "2", "method": "tools/call", "tool_name": "get-orders", "latency": 15, "response_body_size": 2175},
+    ],
+    "audit": [{"primitive_name": "get-orders", "action": "allow"}],
+}
+MCP_EVENT: Json = {
+    "specversion": "1.0", "id": f"{BASE}:mcp_tool_call.1", "source": "kong", "type": "kong.mcp_tool_call",
+    "subject": "consumer:97d42fdf", "time": TIME,
+    "data": {
+        "tool_name": "get-orders", "method": "tools/call", "latency_ms": 15, "api_request_id": ID, "http_status": 200,
+        "route_id": "route-1", "route_name": "llm-route", "service_id": "service-1", "service_name": "llm-service",
+        "subject_type": "consumer",
+    },
+}  # fmt: skip
+NEW_METERS: Json = {"meter_mcp_tool_calls": True, "token_details": True, "split_cached_input": True}
+
+
+def detailed(container: str) -> list[Json]:
+    """The three events of DETAILED with all the newer meters on."""
+    asked, answered = pair(9, 34, ai_plugin_id="plugin-1", ai_plugin_name=container)
+    cached = json.loads(json.dumps(asked)) | {"id": f"{BASE}:input_cached"}
+    cached["data"] |= {"tokens": 3, "type": "request_cached"}
+    asked["data"] |= {"audio_tokens": 0}  # cached_tokens is the event beside it
+    answered["data"] |= DETAILED["completion_tokens_details"]
+    return [asked, cached, answered]
+
+
+MEDIA_EVENTS = pair(12, 34, **PROXY)
+MEDIA_EVENTS[0]["data"] |= {"text_tokens": 2, "image_tokens": 10}
+MEDIA_EVENTS[1]["data"] |= {"audio_tokens": 34}
+IN_3_9 = {"usage": {"prompt_tokens": 12, "completion_tokens": 34, "total_tokens": 46}, "meta": META_WITH_ID}
+KONGS: dict[str, tuple[Json, list[Json]]] = {
+    # what an entry of this Kong has other than ENTRY; the events
+    "2.x: no request id, sizes as text, no upstream_status": (
+        {
+            "request": {name: value for name, value in REQUEST.items() if name != "id"} | {"size": "1197"},
+            "response": {"status": 200, "size": "4349"}, "upstream_status": ...,
+        },
+        [api_event("65466c0357573451be36c3ec8bb5f7bd", upstream_status=...)],
+    ),
+    "3.5 without AI": ({"workspace": "w"}, [api_event()]),
+    "3.6 flat": ({"ai": FLAT}, [api_event(), *pair(12, 34)]),
+    "3.6 flat, an estimate of nothing": (
+        {"ai": {"usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}, "meta": META}}, [api_event()],
+    ),
+    "3.7 ai-proxy, singular": ({"ai": {"ai-proxy": IN_3_7}}, [api_event(), *pair(12, 34, **AI_PROXY)]),
+    "3.8 ai-proxy": ({"ai": {"ai-proxy": IN_3_8}}, [api_event(), *pair(12, 34, **AI_PROXY)]),
+    "EE 3.9.0.1 ai-proxy": ({"ai": {"ai-proxy": IN_3_9}}, [api_event(), *pair(12, 34, **AI_PROXY)]),
+    "3.9 OSS and 3.10 proxy": ({"ai": {"proxy": IN_3_9}}, [api_event(), *pair(12, 34, **PROXY)]),
+    "3.10 with what is no call": (
+        {"ai": {"proxy": IN_3_9, "rag-inject": {"vector_db": "x"}, "sanitizer": {"duration": 5}, "audit": {}}},
+        [api_event(), *pair(12, 34, **PROXY)],
+    ),
+    "3.11 details": ({"ai": {"proxy": {"usage": DETAILED, "meta": META_WITH_ID}}}, [api_event(), *detailed("proxy")]),
+    "3.11 input and output tokens": (
+        {"ai": {"proxy": {"usage": MEDIA, "meta": META_WITH_ID}}}, [api_event(), *MEDIA_EVENTS],
+    ),
+    "3.12 mcp and ai-llm-as-judge beside proxy": (
+        {"ai": {"mcp": MCP, "ai-llm-as-judge": JUDGE, "proxy": {"usage": DETAILED, "meta": META_WITH_ID}}},
+        [api_event(), *detailed("proxy"), *JUDGE_EVENTS, MCP_EVENT],
+    ),
+    "3.12 flat, as its cookbooks print it": (
+        {"ai": {"usage": DETAILED, "meta": META_WITH_ID | {"request_mode": "oneshot"}}},
+        [
+            api_event(),
+            *(event | {"data": {k: v for k, v in event["data"].items() if k != "ai_plugin_name"}}
+              for event in detailed("")),
+        ],
+    ),
+    "3.13 tool calls alone": ({"ai": {"mcp": MCP}}, [api_event(), MCP_EVENT]),
+    "3.14 with everything at its side": (
+        {
+            "ai": {
+                "payload": {"request": "x"}, "compressor": {"save_token_count": 360}, "a2a": {"rpc": [MCP["rpc"][1]]},
+                "proxy": {"usage": DETAILED, "meta": META_WITH_ID, "cache": {}, "payload": {"response": "x"},
+                          "rag-inject": {"embeddings_tokens": 62}},
+            },
+        },
+        [api_event(), *detailed("proxy")],
+    ),
+    "AI Gateway 2.x": (
+        {"ai": {"proxy": {"usage": DETAILED, "meta": META_WITH_ID | {"operation_name": "chat"}}}},
+        [api_event(), *detailed("proxy")],
+    ),
+    "AI Gateway 2.x, tool calls": (
+        {"ai": {"mcp": MCP}, "tries": [], "source": "service", "latencies": {"proxy": -1, "third_party": 5.936128}},
+        [api_event(), MCP_EVENT],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "expected"), KONGS.values(), ids=KONGS)
+def test_an_entry_of_every_kong_is_billed_exactly(changes: Json, expected: list[Json]) -> None:
+    """With all the newer meters on, in any form of the line; a flat sum beside containers adds nothing."""
+    line = logged(**changes)
+    forms = (line, BOM + line, b"[" + line + b"]", b'{"message":' + line + b"}", line + b"\r", b"\0\0" + line)
+    for form in forms:
+        mapped = mapped_by(form, **NEW_METERS)
+        assert events_of(mapped) == expected
+        check_books(mapped, 1)
+        check_accepted(mapped)
+    ai = changes.get("ai", {})
+    if isinstance(ai, dict) and any("usage" in part for part in ai.values() if isinstance(part, dict)):
+        flat = {"usage": {"prompt_tokens": 999, "completion_tokens": 999}, "meta": META}
+        assert events_of(mapped_by(logged(**changes | {"ai": ai | flat}), **NEW_METERS)) == expected
+
+
 def test_zero_tokens_are_emitted_on_request_and_missing_ones_never() -> None:
     """Case 67: 0 and missing are told apart."""
     zero = logged(ai={"proxy": {"usage": {"prompt_tokens": 0, "completion_tokens": 0}, "meta": META_WITH_ID}})
@@ -557,7 +691,9 @@ OUTCOMES: dict[str, tuple[Skip | Dead | None, bytes, Json]] = {
     "NUL bytes": (Dead.NOT_JSON, b"\0" * 4096, {}),
     "NUL bytes within": (Dead.NOT_JSON, logged().replace(b",", b"\0,", 1), {}),
     "invalid UTF-8 outside of text": (Dead.NOT_JSON, b"\xff\xfe", {}),
-    "top-level array": (Dead.NOT_AN_ENTRY, b"[" + logged() + b"]", {}),
+    "top-level array of an entry": (None, b"[" + logged() + b"]", {}),
+    "top-level array of something else": (Dead.NOT_AN_ENTRY, b"[1,[2],null]", {}),
+    "top-level array of objects that are no entries": (Dead.NOT_AN_ENTRY, b'[{"a":1},{"b":2}]', {}),
     "top-level string": (Dead.NOT_AN_ENTRY, b'"request"', {}),
     "top-level number": (Dead.NOT_AN_ENTRY, b"12", {}),
     "top-level 5,000 digits": (Dead.NOT_AN_ENTRY, b"9" * 5000, {}),
@@ -581,6 +717,20 @@ OUTCOMES: dict[str, tuple[Skip | Dead | None, bytes, Json]] = {
     "a subject of 10 KB": (Dead.BAD_SUBJECT, logged(consumer={"id": "a" * 10_240}), {}),
     "a subject with control characters": (Dead.BAD_SUBJECT, logged(consumer={"id": "a\x1b[2J"}), {}),
     "no subject, kept aside": (Dead.NO_SUBJECT, logged(consumer=...), {"on_missing_subject": "dead_letter"}),
+    "more cached than asked": (
+        Dead.BAD_TOKEN_COUNT,
+        logged(ai={"proxy": {"usage": {"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}}}}),
+        {"split_cached_input": True},
+    ),
+    "a method not metered": (Skip.FILTERED_METHOD, logged(request=REQUEST | {"method": "PUT"}), {"methods": ("post",)}),
+    "a status not metered": (Skip.FILTERED_STATUS, logged(response={"status": 301}), {"statuses": ("2xx",)}),
+    "a path not metered": (Skip.FILTERED_PATH, logged(request=REQUEST | {"uri": "/health"}), {"paths": ("/llm",)}),
+    "a workspace not metered": (
+        Skip.FILTERED_WORKSPACE, logged(workspace_name="other"), {"workspaces": ("default", "w-1")},
+    ),
+    "a rule switched off": (
+        Skip.RULE_DISABLED, logged(service={"name": "off"}), {"rules": (Rule(service="off", enabled=False),)},
+    ),
 }  # fmt: skip
 
 
@@ -588,6 +738,7 @@ OUTCOMES: dict[str, tuple[Skip | Dead | None, bytes, Json]] = {
 def test_every_line_has_exactly_one_outcome(outcome: Skip | Dead | None, line: bytes, metering: Json) -> None:
     """Cases 25, 66, 67 and 69; the good lines around a bad one are billed as ever."""
     good = logged(
+        workspace="w-1",
         request=REQUEST | {"id": "good", "headers": {"x-none": "good"}, "querystring": {"stream": "good"}},
         ai={"proxy": call(1, 1)},
     )
@@ -645,7 +796,7 @@ def test_dead_letters_know_where_their_lines_are(data: bytes, spans: list[tuple[
 def test_a_bad_count_leaves_no_tokens_in_the_books() -> None:
     """Case 67: the call before it was good, but the line as a whole is kept aside, to be billed once it is mended."""
     mapped = mapped_by(logged(ai=ONE_BAD_CALL))
-    assert +mapped.books == {"lines": 1, "dead_letters.bad_token_count": 1}
+    assert +mapped.books == {"lines": 1, "entries": 1, "dead_letters.bad_token_count": 1}
     assert mapped.events == []
 
 
@@ -708,6 +859,218 @@ def test_mapping_is_pure() -> None:
     first, second = mapper.map_lines(data, 7), mapper.map_lines(data, 7)
     assert events_of(first) == events_of(second)
     assert first.books == second.books and first.dead_letters == second.dead_letters
+
+
+# Several entries on a line, and what is left of some.
+
+GOOD = logged()
+SECOND = logged(request=REQUEST | {"id": "second"})
+BAD_TIME = logged(started_at=0)
+SESSION = b'{"session":{"sent":1},"started_at":1}'
+NO_CONSUMER = logged(consumer=...)
+LINES: dict[str, tuple[bytes, int, list[Skip], list[tuple[Dead, bytes]]]] = {
+    # the line; how many entries are billed, what is skipped, what is kept aside with which bytes
+    "glued": (GOOD + SECOND, 2, [], []),
+    "glued with NULs between": (GOOD + b"\0\0" + SECOND, 2, [], []),
+    "torn, then whole": (GOOD[:100] + SECOND, 1, [], [(Dead.NOT_JSON, GOOD[:100])]),
+    "whole, then torn": (SECOND + GOOD[:100], 1, [], [(Dead.NOT_JSON, GOOD[:100])]),
+    "without its beginning": (GOOD[-60:] + SECOND, 1, [], [(Dead.NOT_JSON, GOOD[-60:])]),
+    "an array": (b"[" + GOOD + b"," + SECOND + b"]", 2, [], []),
+    "an array with all outcomes": (
+        b"[" + b",".join([GOOD, SESSION, b"5", BAD_TIME, NO_CONSUMER, b'{"a":1}']) + b"]", 1,
+        [Skip.STREAM_SESSION, Skip.NO_SUBJECT],
+        [(Dead.NOT_AN_ENTRY, b"5"), (Dead.BAD_STARTED_AT, orjson.dumps(json.loads(BAD_TIME))),
+         (Dead.NOT_AN_ENTRY, b'{"a":1}')],
+    ),
+    "glued with a bad one": (
+        GOOD + BAD_TIME + SECOND, 2, [], [(Dead.BAD_STARTED_AT, orjson.dumps(json.loads(BAD_TIME)))],
+    ),
+    "a bad one alone in its array": (
+        b"[" + BAD_TIME + b"]", 0, [], [(Dead.BAD_STARTED_AT, b"[" + BAD_TIME + b"]")],
+    ),
+    "a session before an entry": (SESSION + GOOD, 1, [Skip.STREAM_SESSION], []),
+    "under message": (b'{"message":' + GOOD + b',"level":"info"}', 1, [], []),
+    "two of them under message": ((b'{"message":' + GOOD + b"}") + (b'{"message":' + SECOND + b"}"), 2, [], []),
+    "a bad one under message": (
+        b'{"message":' + BAD_TIME + b"}", 0, [], [(Dead.BAD_STARTED_AT, b'{"message":' + BAD_TIME + b"}")],
+    ),
+    "nothing of it an entry": (b'{"a":1}{"b":2}', 0, [], [(Dead.NOT_AN_ENTRY, b'{"a":1}{"b":2}')]),
+    "objects and a torn one": (b'{"a":1}' + GOOD[:100], 0, [], [(Dead.NOT_JSON, b'{"a":1}' + GOOD[:100])]),
+    "an empty array": (b"[]", 0, [], [(Dead.NOT_AN_ENTRY, b"[]")]),
+    "deep nesting behind an entry": (GOOD + b"[" * 5000, 1, [], [(Dead.NOT_JSON, b"[" * 5000)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "billed", "skipped", "dead"), LINES.values(), ids=LINES)
+def test_every_entry_of_a_line_has_its_own_outcome(
+    line: bytes, billed: int, skipped: list[Skip], dead: list[tuple[Dead, bytes]]
+) -> None:
+    """Cases 4, 23 and 25: nothing good is lost to its neighbour, and the entries balance."""
+    data = b"\n".join([logged(request=REQUEST | {"id": "before"}), line, logged(request=REQUEST | {"id": "after"})])
+    mapped = Mapper(Metering()).map_lines(data, 1000)
+    check_books(mapped, 3, 2 + billed + len(skipped) + len(dead))
+    check_accepted(mapped)
+    assert mapped.books[Count.BILLED] == 2 + billed
+    assert Counter(mapped.books.by_reason(SKIPPED)) == Counter(skipped)
+    found = [(letter.reason, letter.line) for letter in mapped.dead_letters]
+    assert [(reason, _json_or_raw(kept)) for reason, kept in found] == [(r, _json_or_raw(kept)) for r, kept in dead]
+    start = data.index(b"\n") + 1
+    for letter in mapped.dead_letters:
+        assert data[letter.start_offset - 1000 : letter.end_offset - 1000] == line + b"\n"
+        assert letter.start_offset == 1000 + start
+    ids = [event.id for event in mapped.events]
+    assert ids[0].startswith("before-") and ids[-1].startswith("after-")
+    assert set(ids[1:-1]) <= {f"{BASE}:api_request", f"second-{STARTED_AT}:api_request"}
+    assert len(ids) == len(set(ids)) == 2 + billed
+
+
+def _json_or_raw(kept: bytes) -> Any:
+    try:
+        return json.loads(kept)
+    except (ValueError, RecursionError):
+        return kept
+
+
+def test_an_entry_has_the_same_ids_alone_and_among_others() -> None:
+    """Also where the id is a hash: how the entries were packed changes nothing (cases 36 and 62)."""
+    other = WITHOUT_ID | {"started_at": STARTED_AT + 1}
+    one, two = line_of(WITHOUT_ID), line_of(other)
+    alone = [event.id for event in mapped_by(one + b"\n" + two).events]
+    assert len(set(alone)) == 8 and alone[0] == f"{HASH}:api_request"
+    for packed in (
+        one + two, b"[" + one + b"," + two + b"]", b"x" + one + two, b'{"message":' + one + b"}" + two,
+        b'[{"message":' + one + b'},{"message":' + two + b"}]",
+    ):  # fmt: skip
+        assert [event.id for event in mapped_by(packed).events] == alone
+
+
+def test_only_whole_lines_and_their_entries_are_counted() -> None:
+    array = b"[" + b",".join([GOOD, SECOND, b"7"]) + b"]"
+    mapped = mapped_by(b"\n\n" + array + b"\n" + GOOD + b"\n" + GOOD[:50])
+    check_books(mapped, 5, 2 + 3 + 1 + 1)
+    assert mapped.books[Count.BILLED] == 3 and mapped.books[SKIPPED + Skip.BLANK_LINE] == 2
+
+
+# Rules.
+
+SCOPE = {"consumer": "initech", "route": "route-1", "service": "llm-service"}
+
+
+def test_rules_change_what_an_entry_becomes() -> None:
+    rules = (
+        Rule(service="llm-service", meter_api_requests=False, emit_zero_tokens=True),
+        Rule(route="route-1", subject=Subject(field="username"), attributes=ATTRIBUTES[:1]),
+        Rule(route="llm-route", consumer="97d42fdf", enabled=False),
+    )
+    line = logged(ai={"proxy": call(0, 4)})
+    by_service = mapped_by(line, rules=rules[:1])
+    assert [event.id for event in by_service.events] == [f"{BASE}:input", f"{BASE}:output"]
+    by_route = mapped_by(line, rules=rules[:2])
+    assert [event.id for event in by_route.events] == [f"{BASE}:api_request", f"{BASE}:output"]
+    assert {event.subject for event in by_route.events} == {"initech"}
+    assert {event["data"]["department"] for event in events_of(by_route)} == {"research"}
+    off = mapped_by(line, rules=rules)
+    assert off.events == [] and off.books.by_reason(SKIPPED) == {"rule_disabled": 1}
+    elsewhere = mapped_by(logged(route=..., service=...), rules=rules)
+    assert events_of(elsewhere) == events_of(mapped_by(logged(route=..., service=...)))
+
+
+def test_metering_off_but_for_one_rule_meters_that_scope_alone() -> None:
+    on = Rule(consumer="initech", enabled=True)
+    mapped = mapped_by(logged() + b"\n" + logged(consumer={"id": "x"}) + b"\n" + SESSION, enabled=False, rules=(on,))
+    assert events_of(mapped) == [api_event()]
+    assert mapped.books.by_reason(SKIPPED) == {"rule_disabled": 1, "stream_session": 1}
+    assert mapped_by(logged(), enabled=False).books.by_reason(SKIPPED) == {"rule_disabled": 1}
+
+
+def test_a_rule_reads_headers_and_parameters_that_metering_does_not() -> None:
+    rule = Rule(
+        service="llm-service", subject=(Subject(look_up_value_in="header", field="X-None"),
+                                        Subject(look_up_value_in="query", field="team")),
+        personal_fields=frozenset({"request_user_agent"}),
+        attributes=(Attribute(source="header", look_up_value_in="X-Department", event_property_name="d"),),
+    )  # fmt: skip
+    (event,) = events_of(mapped_by(logged(), rules=(rule,)))
+    assert event["subject"] == "blue" and event["data"]["subject_type"] == "query"
+    assert event["data"]["request_user_agent"] == "OpenAI/Python 1.58.1" and event["data"]["d"] == "research"
+    (event,) = events_of(mapped_by(logged(service=...), rules=(rule,)))
+    assert event["subject"] == "consumer:97d42fdf" and {"request_user_agent", "d"}.isdisjoint(event["data"])
+
+
+def test_a_rule_may_meter_ai_where_metering_does_not() -> None:
+    rule = Rule(service="llm-service", meter_ai_token_usage=True, meter_mcp_tool_calls=True)
+    line = logged(ai={"proxy": call(3, 4), "mcp": MCP})
+    kinds = ["api_request", "input", "output", "mcp_tool_call.1"]
+    assert [event.id for event in mapped_by(line, meter_ai_token_usage=False, rules=(rule,)).events] == [
+        f"{BASE}:{kind}" for kind in kinds
+    ]
+
+
+def test_what_a_filter_keeps_out_is_skipped_before_anything_else_is_looked_at() -> None:
+    """A request that is not metered can't become a dead letter for its time, its subject or its counts."""
+    bad = logged(started_at=0, consumer={"id": "\x1b"}, ai={"proxy": call(-1, "x")})
+    for settings_, reason in (({"methods": ("GET",)}, "filtered_method"), ({"statuses": ("5xx",)}, "filtered_status"),
+                              ({"paths": ("/x",)}, "filtered_path"), ({"workspaces": ("x",)}, "filtered_workspace"),
+                              ({"enabled": False}, "rule_disabled")):  # fmt: skip
+        mapped = mapped_by(bad, **settings_)
+        assert mapped.books.by_reason(SKIPPED) == {reason: 1} and not mapped.dead_letters
+
+
+# What became of an entry, and why.
+
+
+def explained_by(data: bytes, **metering: Any) -> list[Explained]:
+    return list(Mapper(Metering(**metering)).explain(data, 500))
+
+
+def test_each_entry_is_explained_with_the_rule_that_decided() -> None:
+    rules = (
+        Rule(service="llm-service", methods=("GET",)),
+        Rule(service="service-1", statuses=("5xx",)),
+        Rule(consumer="globex", route="llm-route", enabled=False),
+    )
+    data = b"\n".join([
+        logged(), logged(request=REQUEST | {"method": "GET", "id": ""}), logged(response={"status": 500}), b" ",
+        logged(consumer={"id": "g", "username": "globex"}) + logged(service=...), SESSION, b"x", b"{}", BAD_TIME,
+        b"[" + logged(service=..., started_at=0) + b"]",
+    ])  # fmt: skip
+    found = explained_by(data, rules=rules)
+    reasons = [each.outcome.reason if isinstance(each.outcome, Unbillable) else each.outcome for each in found]
+    assert [(each.request_id, each.rule, reason) for each, reason in zip(found, reasons, strict=True)] == [
+        (ID, "metering.rules[0]", Skip.FILTERED_METHOD),
+        (None, "metering.rules[0]", None),
+        (ID, "metering.rules[1]", None),
+        (None, None, Skip.BLANK_LINE),
+        (ID, "metering.rules[2]", Skip.RULE_DISABLED),
+        (ID, "metering", None),
+        (None, None, Skip.STREAM_SESSION),
+        (None, None, Dead.NOT_JSON),
+        (None, None, Dead.NOT_AN_ENTRY),
+        (ID, "metering.rules[0]", Skip.FILTERED_METHOD),
+        (ID, "metering", Dead.BAD_STARTED_AT),
+    ]  # fmt: skip
+    assert all(bool(e.events) == (e.outcome is None) for e in found)
+    starts = [500 + sum(len(line) + 1 for line in data.split(b"\n")[:n]) for n in range(10)]
+    assert [e.start_offset for e in found] == [*starts[:5], starts[4], *starts[5:]]
+
+
+def check_explained(mapper: Mapper, data: bytes) -> None:
+    """`explain` and `map_lines` tell the same: the same events in order, the same outcomes, entry by entry."""
+    mapped, found = mapper.map_lines(data, 7), list(mapper.explain(data, 7))
+    assert len(found) == mapped.books[Count.ENTRIES]
+    told = msgspec.json.encode([event for each in found for event in each.events])
+    assert told == msgspec.json.encode(mapped.events)
+    skips = Counter(str(each.outcome) for each in found if isinstance(each.outcome, Skip))
+    assert skips == Counter(mapped.books.by_reason(SKIPPED))
+    faults = [(each.start_offset, each.outcome.reason) for each in found if isinstance(each.outcome, Unbillable)]
+    assert faults == [(letter.start_offset, letter.reason) for letter in mapped.dead_letters]
+    assert sum(each.outcome is None for each in found) == mapped.books[Count.BILLED]
+
+
+@pytest.mark.parametrize("metering", [metering for _, _, metering in OUTCOMES.values() if metering], ids=str)
+def test_explaining_agrees_with_mapping(metering: Json) -> None:
+    data = b"\n".join([*(line for _, line, _ in OUTCOMES.values()), *(line for line, *_ in LINES.values())])
+    check_explained(Mapper(Metering(**metering)), data)
 
 
 # Anything at all.
@@ -774,17 +1137,22 @@ def mutated_lines(draw: st.DrawFn) -> bytes:
 @settings(max_examples=200, deadline=None)
 @given(st.lists(mutated_lines(), min_size=1, max_size=2), st.sampled_from(MAPPERS))
 def test_whatever_the_lines_hold_they_are_accounted_for(lines: list[bytes], mapper: Mapper) -> None:
-    """Cases 22, 25 and 66 to 69 together: never raises, books balance, ids are the same again, OpenMeter accepts."""
+    """Cases 22, 25 and 66 to 69 together: never raises, books balance, ids are the same again, OpenMeter accepts.
+
+    A cut line may hold more than one entry's worth: a dead letter's line is then a part of the line it stands in.
+    """
     data = b"\n".join(lines)
     mapped = mapper.map_lines(data, 1000)
     cut = data.split(b"\n")
-    check_books(mapped, len(cut) if cut[-1] else len(cut) - 1)
+    counted = sum(max(1, len(pieces(line))) if line.strip() else 1 for line in (cut if cut[-1] else cut[:-1]))
+    check_books(mapped, len(cut) if cut[-1] else len(cut) - 1, counted)
     if mapped.events:
         check_accepted(mapped)
     again = mapper.map_lines(data + b"\n", 5)
     assert events_of(again) == events_of(mapped)
     for letter in mapped.dead_letters:
-        assert data[letter.start_offset - 1000 : letter.end_offset - 1000].removesuffix(b"\n") == letter.line
+        whole = data[letter.start_offset - 1000 : letter.end_offset - 1000].removesuffix(b"\n")
+        assert whole == letter.line or letter.line in [piece.raw for piece in pieces(whole)]
         assert letter.detail.isascii() and len(letter.detail) < 120
     for line in cut:
         events = mapper.map_lines(line).events
@@ -803,6 +1171,132 @@ def test_the_fast_path_and_the_lenient_one_bill_the_same(line: bytes, mapper: Ma
     if line.strip() and b"\n" not in line and not line.startswith(BOM):
         assert events_of(fast) == events_of(lenient)
         assert fast.books == lenient.books
+
+
+# Generated entries under generated rules.
+
+SOMETIMES = st.sampled_from([None, 0, 1, 5, 10, 2**53, 12.0])
+RARELY_BAD = SOMETIMES | SOMETIMES | SOMETIMES | st.sampled_from([-1, 2**53 + 1, 1.5, "12", True, 10**400, 1e300, []])
+DETAILS = st.none() | st.dictionaries(
+    st.sampled_from(["cached_tokens", "audio_tokens", "reasoning_tokens", "audio_tokens_count", "else"]), SOMETIMES
+)
+USAGES = st.fixed_dictionaries(
+    {},
+    optional={
+        "prompt_tokens": RARELY_BAD, "completion_tokens": RARELY_BAD, "prompt_token": RARELY_BAD,
+        "input_tokens": RARELY_BAD, "output_tokens": RARELY_BAD,
+        "prompt_tokens_details": DETAILS, "completion_tokens_details": DETAILS, "input_tokens_details": DETAILS,
+    },
+)  # fmt: skip
+CALLS_OF_TOOLS = st.lists(
+    st.fixed_dictionaries(
+        {"method": st.sampled_from(["tools/call", "tools/call", "tools/list"])},
+        optional={"tool_name": TEXT, "latency": SOMETIMES, "error": TEXT | st.fixed_dictionaries({"message": TEXT})},
+    ),
+    max_size=3,
+)
+AI = st.fixed_dictionaries(
+    {},
+    optional={
+        **{name: st.fixed_dictionaries({"usage": USAGES}, optional={"meta": st.just(META)})
+           for name in ("proxy", "ai-proxy", "ai-request-transformer", "zeta")},
+        "usage": USAGES, "meta": st.just(META), "mcp": st.fixed_dictionaries({"rpc": CALLS_OF_TOOLS}),
+    },
+)  # fmt: skip
+NAMED = st.sampled_from(
+    [{"id": "1", "name": "a", "username": "a"}, {"id": "2", "name": "b", "username": "b"}, None, {}]
+)
+ENTRIES = st.fixed_dictionaries(
+    {
+        "request": st.fixed_dictionaries(
+            {"id": st.sampled_from([ID, "other", "", None]), "method": st.sampled_from(["GET", "POST", None])},
+            optional={
+                "uri": st.sampled_from(["/", "/llm/v1?a=b", "/health"]),
+                "headers": st.fixed_dictionaries({}, optional={"x-tenant": TEXT, "host": TEXT, "user-agent": TEXT}),
+                "querystring": st.sampled_from([{}, [], {"team": "blue"}, {"team": True}]),
+            },
+        ),
+        "started_at": st.sampled_from([STARTED_AT, STARTED_AT, STARTED_AT + 1, float(STARTED_AT), 0]),
+    },
+    optional={
+        "response": st.fixed_dictionaries({"status": st.sampled_from([200, 404, 500, None, "200"])}),
+        "service": NAMED, "route": NAMED, "consumer": NAMED, "ai": AI,
+        "workspace": st.sampled_from(["w-1", "w-2"]), "session": st.sampled_from([{}, None]),
+    },
+)  # fmt: skip
+SETTINGS_OF = {
+    "enabled": st.booleans(), "meter_ai_token_usage": st.booleans(), "meter_mcp_tool_calls": st.booleans(),
+    "emit_zero_tokens": st.booleans(), "meter_failed_ai_calls": st.booleans(), "token_details": st.booleans(),
+    "split_cached_input": st.booleans(), "on_missing_subject": st.sampled_from(["skip", "dead_letter"]),
+    "subject": st.sampled_from([
+        {}, {"field": "username"}, [{"look_up_value_in": "header", "field": "X-Tenant"}, {"field": "id"}],
+        [{"look_up_value_in": "query", "field": "team"}, {"look_up_value_in": "application"}, {}],
+    ]),
+    "attributes": st.sampled_from([
+        [], [{"source": "query", "look_up_value_in": "team", "event_property_name": "t"}],
+        [{"source": "header", "look_up_value_in": "X-Tenant", "event_property_name": "h"},
+         {"source": "query", "look_up_value_in": "team", "event_property_name": "t"}],
+    ]),
+    "personal_fields": st.sampled_from([[], ["request_uri"], ["client_ip", "request_user_agent"]]),
+    "methods": st.sampled_from([[], ["GET"], ["get", "POST"]]),
+    "statuses": st.sampled_from([[], ["2xx"], [404, "5xx"]]), "meter_api_requests": st.booleans(),
+    "paths": st.sampled_from([[], ["/llm"], ["~/h"]]), "workspaces": st.sampled_from([[], ["w-1"]]),
+}  # fmt: skip
+SCOPED = st.fixed_dictionaries({}, optional={kind: st.sampled_from(["1", "a", "b"]) for kind in SCOPE}).filter(bool)
+RULE_SETS = st.lists(
+    st.tuples(SCOPED, st.fixed_dictionaries({}, optional=SETTINGS_OF)).map(lambda parts: parts[0] | parts[1]),
+    max_size=4,
+)
+
+
+@st.composite
+def meterings(draw: st.DrawFn) -> Metering:
+    try:
+        return Metering.model_validate(
+            draw(st.fixed_dictionaries({}, optional=SETTINGS_OF)) | {"rules": draw(RULE_SETS)}
+        )
+    except ValueError:  # settings that are on and meter nothing
+        reject()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(ENTRIES, min_size=1, max_size=4), meterings(), st.sampled_from(["lines", "glued", "array", "message"]))
+def test_generated_entries_under_generated_rules(entries: list[Json], metering: Metering, packed: str) -> None:
+    """Each entry has one outcome; ids are the same again and distinct; both versions of OpenMeter take all events."""
+    mapper = Mapper(metering)
+    lines = [json.dumps(entry).encode() for entry in entries]
+    data = {
+        "lines": b"\n".join(lines), "glued": b"".join(lines), "array": b"[" + b",".join(lines) + b"]",
+        "message": b"\n".join(b'{"message":' + line + b"}" for line in lines),
+    }[packed]  # fmt: skip
+    mapped = mapper.map_lines(data)
+    check_books(mapped, len(entries) if packed in ("lines", "message") else 1, len(entries))
+    if mapped.events:
+        check_accepted(mapped)
+    check_explained(mapper, data)
+    alone = [Mapper(metering).map_lines(line) for line in lines]
+    assert [event for each in alone for event in events_of(each)] == events_of(mapped)
+    for each, entry in zip(alone, entries, strict=True):
+        ids = [event.id for event in each.events]
+        assert len(set(ids)) == len(ids)
+        if ids and entry["request"]["id"]:
+            base = f"{entry['request']['id']}-{int(entry['started_at'])}:"
+            assert all(each_id.startswith(base) for each_id in ids)
+    assert mapped.books[Count.FAILED_AI_CALLS] == sum(each.books[Count.FAILED_AI_CALLS] for each in alone)
+
+
+PACKED_MAPPERS = [*MAPPERS, Mapper(Metering(**NEW_METERS, rules=(Rule(service="billing-api", methods=("GET",)),)))]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(mutated_lines(), min_size=1, max_size=3), st.sampled_from(PACKED_MAPPERS), st.sampled_from([b"\n", b""])
+)
+def test_explaining_agrees_with_mapping_whatever_the_lines_hold(
+    lines: list[bytes], mapper: Mapper, glue: bytes
+) -> None:
+    """Explaining reads the slow way, mapping the fast one where it can: what both tell is the same."""
+    check_explained(mapper, glue.join(lines))
 
 
 def test_traffic_of_all_kongs_is_billed_to_the_last_token() -> None:

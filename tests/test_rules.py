@@ -1,182 +1,260 @@
-"""Rules compiled from the configuration: who is billed, and by which attributes."""
+"""Which settings hold for an entry: Kong's precedence of scopes, filters, and what a filter keeps out."""
 
-import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from metershipper.books import Dead
-from metershipper.config import Attribute, Subject
-from metershipper.entry import EntryDecoder, Unbillable, field_names
-from metershipper.rules import (
-    MAX_SUBJECT_BYTES,
-    AnyEntry,
-    attributes_reader,
-    first_value,
-    personal_reader,
-    subject_reader,
-    value_reader,
-)
+from metershipper import rules as rules_module
+from metershipper.books import Skip
+from metershipper.entry import EntryDecoder, field_names
+from metershipper.meter import Meter
+from metershipper.metering import Metering, Rule
+from metershipper.readers import AnyEntry
+from metershipper.rules import PRECEDENCE, RuleBook
 
-HEADERS, QUERY = field_names(["x-tenant", "user-agent"]), field_names(["Team"])
-DECODER = EntryDecoder(HEADERS, QUERY, ai=False)
-MISSING: Any = object()
+Json = dict[str, Any]
 
-
-def entry(*, headers: Any = MISSING, query: Any = MISSING, **sections: Any) -> AnyEntry:
-    request = {"headers": headers, "querystring": query, "uri": "/a?b=c"}
-    kept = {name: value for name, value in request.items() if value is not MISSING}
-    return DECODER.decode(json.dumps({"request": kept, **sections}).encode())
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        ("acme", "acme"),
-        ("", None),
-        (" ", " "),
-        (None, None),
-        (True, None),  # `?beta`: a query parameter without a value
-        (False, None),
-        (0, "0"),
-        (12, "12"),
-        (12.0, "12"),
-        (1.5, "1.5"),
-        (["first", "second"], "first"),
-        ([True, "second"], None),
-        (["", "second"], None),
-        ([12, "second"], "12"),
-        ([], None),
-        ([["nested"]], None),
-        ({"a": "b"}, None),
-    ],
-    ids=str,
-)
-def test_the_first_value_counts_as_text(value: Any, text: str | None) -> None:
-    """Case 66: repeated headers are arrays, numbers become strings, nothing is made of an empty one."""
-    assert first_value(value) == text
-
-
-CONSUMER = {"id": "c-1", "username": "acme", "custom_id": "crm-1"}
-SUBJECTS: dict[str, tuple[Subject, dict[str, Any], str | None]] = {
-    "Kong's own form": (Subject(), {"consumer": CONSUMER}, "consumer:c-1"),
-    "no consumer": (Subject(), {}, None),
-    "a consumer without id": (Subject(), {"consumer": {"username": "acme"}}, None),
-    "a consumer with an empty id": (Subject(), {"consumer": {"id": ""}}, None),
-    "username": (Subject(field="username"), {"consumer": CONSUMER}, "acme"),
-    "custom_id": (Subject(field="custom_id"), {"consumer": CONSUMER}, "crm-1"),
-    "bare id": (Subject(field="id"), {"consumer": CONSUMER}, "c-1"),
-    "username missing": (Subject(field="username"), {"consumer": {"id": "c-1"}}, None),
-    "username empty": (Subject(field="username"), {"consumer": {"username": ""}}, None),
-    "username a number": (Subject(field="username"), {"consumer": {"username": 12.0}}, "12"),
-    "username without consumer": (Subject(field="username"), {}, None),
-    "application": (Subject(look_up_value_in="application"), {"application": {"id": "a-1"}}, "application:a-1"),
-    "application before consumer": (
-        Subject(look_up_value_in="application"),
-        {"application": {"id": "a-1"}, "authenticated_entity": {"id": "e-1"}, "consumer": CONSUMER},
-        "application:a-1",
-    ),
-    "application by its credential": (
-        Subject(look_up_value_in="application"),
-        {"authenticated_entity": {"id": "e-1"}},
-        "application:e-1",
-    ),
-    "an empty application by its credential": (
-        Subject(look_up_value_in="application"),
-        {"application": {"id": ""}, "authenticated_entity": {"id": "e-1"}},
-        "application:e-1",
-    ),
-    "a consumer's credential is no application": (
-        Subject(look_up_value_in="application"),
-        {"authenticated_entity": {"id": "e-1"}, "consumer": CONSUMER},
-        None,
-    ),
-    "no application at all": (Subject(look_up_value_in="application"), {"authenticated_entity": {}}, None),
-    "header": (Subject(look_up_value_in="header", field="X-Tenant"), {"headers": {"x-tenant": "t-1"}}, "t-1"),
-    "header sent twice": (
-        Subject(look_up_value_in="header", field="x-tenant"),
-        {"headers": {"x-tenant": ["t-1", "t-2"]}},
-        "t-1",
-    ),
-    "header missing": (Subject(look_up_value_in="header", field="x-tenant"), {"headers": {}}, None),
-    "headers missing": (Subject(look_up_value_in="header", field="x-tenant"), {}, None),
-    "query": (Subject(look_up_value_in="query", field="Team"), {"query": {"Team": "q-1", "team": "no"}}, "q-1"),
-    "query keeps its case": (Subject(look_up_value_in="query", field="Team"), {"query": {"team": "no"}}, None),
-    "query without value": (Subject(look_up_value_in="query", field="Team"), {"query": {"Team": True}}, None),
-    "query an empty Lua table": (Subject(look_up_value_in="query", field="Team"), {"query": []}, None),
+DECODER = EntryDecoder({"host"}, (), ai=False)
+HEADERS = field_names({"host"})
+ENTRY: Json = {
+    "request": {"method": "POST", "uri": "/llm/v1/chat?x=/admin"},
+    "response": {"status": 200},
+    "service": {"id": "s-1", "name": "billing"},
+    "route": {"id": "r-1", "name": "chat"},
+    "consumer": {"id": "c-1", "username": "acme", "custom_id": "crm-1"},
+    "workspace": "w-1",
+    "workspace_name": "default",
 }
 
 
-@pytest.mark.parametrize(("rule", "sections", "expected"), SUBJECTS.values(), ids=SUBJECTS)
-def test_the_subject_is_found_where_the_rule_looks(
-    rule: Subject, sections: dict[str, Any], expected: str | None
+def entry(**changes: Any) -> AnyEntry:
+    return DECODER.convert({name: value for name, value in (ENTRY | changes).items() if value is not ...})
+
+
+def book(*rules: Json, **base: Any) -> RuleBook:
+    metering = Metering(**base, rules=tuple(Rule(**rule) for rule in rules))
+
+    def meter(name: str, found: Any) -> Meter:
+        return Meter(name, found, "kong", HEADERS, {})
+
+    named = [
+        (rule, rule.over(metering), meter(f"rules[{n}]", rule.over(metering))) for n, rule in enumerate(metering.rules)
+    ]
+    return RuleBook(meter("metering", metering), metering, named)
+
+
+def decided(rules: RuleBook, given: AnyEntry) -> str | Skip:
+    """The name of the rule that meters an entry, or why none does."""
+    meter = rules.meter_for(given)
+    assert rules.meter_for(given) == meter, "the choice is remembered"
+    return meter if isinstance(meter, Skip) else meter.name
+
+
+SCOPES: list[tuple[str, ...]] = [
+    ("consumer", "route", "service"),
+    ("consumer", "route"),
+    ("consumer", "service"),
+    ("route", "service"),
+    ("consumer",),
+    ("route",),
+    ("service",),
+]  # the order of the documentation of Kong's plugins
+IDS = {"consumer": "c-1", "route": "r-1", "service": "s-1"}
+NAMES = {"consumer": "acme", "route": "chat", "service": "billing"}
+
+
+def scoped(scope: tuple[str, ...], values: dict[str, str]) -> Json:
+    return {kind: values[kind] for kind in scope}
+
+
+def test_the_precedence_is_that_of_kong() -> None:
+    assert list(PRECEDENCE) == SCOPES
+
+
+@pytest.mark.parametrize("values", [IDS, NAMES], ids=["by id", "by name"])
+@pytest.mark.parametrize("first", range(len(SCOPES)), ids=lambda n: "+".join(SCOPES[n]))
+def test_the_most_specific_scope_decides(first: int, values: dict[str, str]) -> None:
+    """All seven, whatever their order in the file; without rules for it an entry is metered as [metering] says."""
+    rules = [scoped(scope, values) for scope in SCOPES[first:]]
+    assert decided(book(*rules), entry()) == "rules[0]"
+    assert decided(book(*reversed(rules)), entry()) == f"rules[{len(rules) - 1}]"
+    mixed = [scoped(scope, IDS if n % 2 else NAMES) for n, scope in enumerate(SCOPES[first:])]
+    assert decided(book(*mixed), entry()) == "rules[0]"
+
+
+@pytest.mark.parametrize("better", SCOPES, ids="+".join)
+@pytest.mark.parametrize("worse", SCOPES, ids="+".join)
+def test_of_each_two_scopes_the_one_of_higher_precedence_decides(
+    better: tuple[str, ...], worse: tuple[str, ...]
 ) -> None:
-    """Case 66."""
-    assert subject_reader(rule, HEADERS, QUERY)(entry(**sections)) == expected
+    if SCOPES.index(better) < SCOPES.index(worse):
+        assert decided(book(scoped(worse, IDS), scoped(better, NAMES)), entry()) == "rules[1]"
+        assert decided(book(scoped(better, IDS), scoped(worse, NAMES)), entry()) == "rules[0]"
 
 
-@pytest.mark.parametrize(
-    ("username", "accepted"),
-    [
-        ("a" * MAX_SUBJECT_BYTES, True),
-        ("a" * (MAX_SUBJECT_BYTES + 1), False),
-        ("\U0001f600" * (MAX_SUBJECT_BYTES // 4), True),
-        ("\U0001f600" * (MAX_SUBJECT_BYTES // 4 + 1), False),
-        ("a" * 10_240, False),
-        ("zero\u200bwidth", True),
-        ("caf\u00e9 noir", True),
-        ("\ud800", True),  # billed under U+FFFD
-        ("line\nbreak", False),
-        ("\x00", False),
-        ("tab\t", False),
-        ("\x1b[31m", False),
-        ("del\x7f", False),
-    ],
-    ids=lambda value: ascii(value)[:16],
+@pytest.mark.parametrize("scope", SCOPES, ids="+".join)
+@pytest.mark.parametrize("missing", ["consumer", "route", "service"])
+@pytest.mark.parametrize("other", [..., None, {}, {"id": "x", "name": "x", "username": "x"}], ids=str)
+def test_a_scope_matches_only_when_all_of_it_does(scope: tuple[str, ...], missing: str, other: Any) -> None:
+    given = entry(**{missing: other})
+    assert decided(book(scoped(scope, IDS)), given) == ("metering" if missing in scope else "rules[0]")
+
+
+def test_a_name_is_that_of_its_own_kind() -> None:
+    """A service called as a route is another thing; a consumer's custom id is no name of it."""
+    for rule in ({"service": "chat"}, {"route": "billing"}, {"consumer": "billing"}, {"consumer": "crm-1"},
+                 {"service": "Billing"}, {"service": "billin"}, {"route": "r-1 "}):  # fmt: skip
+        assert decided(book(rule), entry()) == "metering"
+
+
+def test_entries_of_different_scopes_do_not_share_a_choice() -> None:
+    rules = book({"service": "billing"}, {"consumer": "acme", "enabled": False})
+    for _ in range(2):
+        assert decided(rules, entry()) is Skip.RULE_DISABLED
+        assert decided(rules, entry(consumer={"id": "c-2", "username": "globex"})) == "rules[0]"
+        assert decided(rules, entry(consumer=..., service={"id": "s-2"})) == "metering"
+
+
+def test_more_scopes_than_are_remembered_are_chosen_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules_module, "MAX_REMEMBERED_SCOPES", 2)
+    rules = book({"service": "s-3"}, {"service": "s-4"})
+    for _ in range(2):
+        found = [decided(rules, entry(service={"id": f"s-{n}"})) for n in range(6)]
+        assert found == ["metering", "metering", "metering", "rules[0]", "rules[1]", "metering"]
+    assert len(rules._remembered) == 2
+
+
+FILTERS: dict[str, tuple[Json, Skip, list[Json], list[Json]]] = {
+    # settings, the reason, entries that pass, entries that do not
+    "methods": (
+        {"methods": ("post", "Get")},
+        Skip.FILTERED_METHOD,
+        [{"request": {"method": "POST"}}, {"request": {"method": "get"}}],
+        [{"request": {"method": "PUT"}}, {"request": {}}, {"request": {"method": ""}},
+         {"request": {"method": "POSTS"}}],
+    ),
+    "statuses": (
+        {"statuses": (429, "2xx", "300-302", "404")},
+        Skip.FILTERED_STATUS,
+        [{"response": {"status": status}} for status in (200, 299, 300, 302, 404, 429)],
+        [{"response": {"status": status}} for status in (199, 303, 403, 428, 500, 0, -200, None)]
+        + [{"response": ...}, {"response": {}}],
+    ),
+    "paths": (
+        {"paths": ("/llm/", "~/v[12]/")},
+        Skip.FILTERED_PATH,
+        [{"request": {"uri": uri}} for uri in ("/llm/", "/llm/x?y=/z", "/v1/", "/v2/?/v3/")],
+        [{"request": {"uri": uri}} for uri in ("/llm", "/llm?/llm/", "/x/llm/", "/v3/", "/x?/v1/", "", "?/llm/", None)]
+        + [{"request": {}}],
+    ),
+    "a path with an end": (
+        {"paths": ("~/chat$",)},
+        Skip.FILTERED_PATH,
+        [{"request": {"uri": "/chat"}}, {"request": {"uri": "/chat?a=b"}}, {"request": {"uri": "/chat?"}}],
+        [{"request": {"uri": "/chat/?a"}}],
+    ),
+    "workspaces": (
+        {"workspaces": ("w-1", "billing")},
+        Skip.FILTERED_WORKSPACE,
+        [{"workspace": "w-1", "workspace_name": "x"}, {"workspace": "w-9", "workspace_name": "billing"},
+         {"workspace": ..., "workspace_name": "billing"}, {"workspace": "w-1", "workspace_name": ...}],
+        [{"workspace": "w-9", "workspace_name": "x"}, {"workspace": ..., "workspace_name": ...},
+         {"workspace": None, "workspace_name": ""}, {"workspace": "W-1", "workspace_name": "Billing"}],
+    ),
+    "off": ({"enabled": False}, Skip.RULE_DISABLED, [], [{}]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "reason", "passing", "others"), FILTERS.values(), ids=FILTERS)
+def test_a_filter_keeps_out_what_does_not_pass_with_its_reason(
+    settings: Json, reason: Skip, passing: list[Json], others: list[Json]
+) -> None:
+    """In [metering] itself, in a rule, and inherited from [metering] by a rule that sets something else."""
+    for name, rules in (
+        ("metering", book(**settings)),
+        ("rules[0]", book({"service": "billing"} | settings)),
+        ("rules[0]", book({"service": "billing", "emit_zero_tokens": True}, **settings)),
+    ):
+        assert [decided(rules, entry(**changes)) for changes in passing] == [name] * len(passing)
+        assert [decided(rules, entry(**changes)) for changes in others] == [reason] * len(others)
+        assert all(rules.name_for(entry(**changes)) == name for changes in passing + others)
+
+
+def test_an_empty_filter_of_a_rule_lifts_that_of_metering() -> None:
+    base: Json = {"methods": ("GET",), "statuses": (500,), "paths": ("/x",), "workspaces": ("x",), "enabled": False}
+    lifted: Json = {"methods": (), "statuses": (), "paths": (), "workspaces": (), "enabled": True}
+    assert decided(book({"service": "s-1"} | lifted, **base), entry()) == "rules[0]"
+    for key in lifted:
+        reason = decided(book({"service": "s-1"} | lifted | {key: base[key]}, **base), entry())
+        assert isinstance(reason, Skip)
+
+
+def test_the_first_filter_that_refuses_tells_the_reason() -> None:
+    """In the order of the configuration's keys: enabled, methods, statuses, paths, workspaces."""
+    filters: list[Json] = [{"enabled": False}, {"methods": ("GET",)}, {"statuses": (500,)}, {"paths": ("/x",)},
+                           {"workspaces": ("x",)}]  # fmt: skip
+    reasons = [Skip.RULE_DISABLED, Skip.FILTERED_METHOD, Skip.FILTERED_STATUS, Skip.FILTERED_PATH,
+               Skip.FILTERED_WORKSPACE]  # fmt: skip
+    for first in range(len(filters)):
+        together: Json = {key: value for each in filters[first:] for key, value in each.items()}
+        assert decided(book(**together), entry()) is reasons[first]
+
+
+def test_of_several_rules_with_the_best_scope_the_first_that_passes_is_taken() -> None:
+    only_get, only_post, any_method = ({"service": "billing", "methods": m} for m in (("GET",), ("POST",), ()))
+    assert decided(book(only_get, only_post, any_method), entry()) == "rules[1]"
+    assert decided(book(any_method, only_post), entry()) == "rules[0]"
+    assert decided(book(only_get, any_method, only_post), entry()) == "rules[1]"
+    by_id = {"service": "s-1", "enabled": False}
+    assert decided(book(by_id, only_post), entry()) == "rules[1]"
+    rules = book(only_get, only_post)
+    assert decided(rules, entry(request={"method": "GET"})) == "rules[0]"
+    assert rules.name_for(entry()) == "rules[1]"
+
+
+def test_when_none_passes_the_first_one_tells_why_and_no_wider_scope_is_asked() -> None:
+    get = {"route": "chat", "methods": ("GET",)}
+    failed = {"route": "chat", "statuses": ("5xx",)}
+    wide: Json = {"service": "billing"}
+    assert decided(book(get, failed, wide), entry()) is Skip.FILTERED_METHOD
+    assert decided(book(failed, wide, get), entry()) is Skip.FILTERED_STATUS
+    assert book(wide, failed, get).name_for(entry()) == "rules[1]"
+    assert decided(book(wide, {"route": "chat", "enabled": False}), entry()) is Skip.RULE_DISABLED
+
+
+def test_metering_off_with_one_rule_on_meters_that_scope_alone() -> None:
+    rules = book({"service": "billing", "enabled": True}, {"route": "chat"}, enabled=False)
+    assert decided(rules, entry(route=...)) == "rules[0]"
+    assert decided(rules, entry()) is Skip.RULE_DISABLED, "the route's rule inherits it"
+    assert decided(rules, entry(service=..., route=...)) is Skip.RULE_DISABLED
+    assert rules.name_for(entry(service=..., route=...)) == "metering"
+
+
+VALUES = st.sampled_from([None, "a", "b"])
+RULES = st.fixed_dictionaries(
+    {"consumer": VALUES, "route": VALUES, "service": VALUES, "methods": st.sampled_from([(), ("GET",)])}
+).filter(lambda rule: any(rule[kind] for kind in IDS))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(RULES, max_size=6), st.fixed_dictionaries({kind: VALUES for kind in IDS}), st.sampled_from(["GET", "PUT"])
 )
-def test_a_subject_is_at_most_a_kilobyte_without_control_characters(username: str, accepted: bool) -> None:
-    """Case 66: nobody is called that; it is kept aside with its reason, not billed to a wrong name."""
-    read = subject_reader(Subject(field="username"), HEADERS, QUERY)
-    logged = entry(consumer={"username": username})
-    if accepted:
-        assert read(logged) == username.replace("\ud800", "\ufffd")
-        return
-    with pytest.raises(Unbillable) as raised:
-        read(logged)
-    assert raised.value.reason is Dead.BAD_SUBJECT
-    assert raised.value.detail in ("the subject is longer than 1024 bytes", "the subject holds control characters")
-
-
-def test_a_value_reader_reads_one_header_or_parameter() -> None:
-    read = value_reader("headers", HEADERS["x-tenant"])
-    assert read(entry(headers={"x-tenant": "t"})) == "t"
-    assert read(entry(headers={"other": "t"})) is None
-    assert read(entry()) is None
-
-
-def test_attributes_come_in_the_order_of_the_configuration() -> None:
-    attributes = (
-        Attribute(source="query", look_up_value_in="Team", event_property_name="team"),
-        Attribute(source="header", look_up_value_in="X-Tenant", event_property_name="tenant"),
-    )
-    read = attributes_reader(attributes, HEADERS, QUERY)
-    assert read(entry(headers={"x-tenant": ["t", "u"]}, query={"Team": 7})) == ("7", "t")
-    assert read(entry(headers={"x-tenant": ""})) == (None, None)
-    assert attributes_reader((), HEADERS, QUERY)(entry(headers={"x-tenant": "t"})) == ()
-
-
-@pytest.mark.parametrize(
-    ("wanted", "expected"),
-    [
-        (frozenset[str](), (None, None, None)),
-        (frozenset({"client_ip"}), ("10.0.0.1", None, None)),
-        (frozenset({"request_uri"}), (None, "/a?b=c", None)),
-        (frozenset({"request_user_agent"}), (None, None, "curl/8")),
-        (frozenset({"client_ip", "request_uri", "request_user_agent"}), ("10.0.0.1", "/a?b=c", "curl/8")),
-    ],
-    ids=lambda value: ",".join(sorted(value)) if isinstance(value, frozenset) else "",
-)
-def test_only_the_listed_personal_fields_are_read(wanted: frozenset[str], expected: tuple[str | None, ...]) -> None:
-    """Case 71: events carry mapped fields only."""
-    logged = entry(headers={"user-agent": "curl/8"}, client_ip="10.0.0.1")
-    assert personal_reader(wanted, HEADERS)(logged) == expected
+def test_the_choice_is_that_of_a_plain_search(rules: list[Json], given: Json, method: str) -> None:
+    """The same answer as walking the table of precedence, scope by scope."""
+    named = {"consumer": "username", "route": "name", "service": "name"}
+    of_entry = {kind: {named[kind]: value} if value else ... for kind, value in given.items()}
+    expected: str | Skip = "metering"
+    for scope in SCOPES:
+        wanted = [
+            n
+            for n, rule in enumerate(rules)
+            if {kind for kind in IDS if rule[kind]} == set(scope) and all(rule[kind] == given[kind] for kind in scope)
+        ]
+        if wanted:
+            passing = [n for n in wanted if not rules[n]["methods"] or method == "GET"]
+            expected = f"rules[{passing[0]}]" if passing else Skip.FILTERED_METHOD
+            break
+    assert decided(book(*rules), entry(**of_entry, request={"method": method})) == expected

@@ -79,7 +79,14 @@ def test_the_report_as_json_counts_every_name_and_balances(directory: Path, tmp_
     """lines = billed + skipped + dead-lettered, and every count is there also when it is zero."""
     (tmp_path / "usage.log").write_bytes(b"x" * 100)
     books = Books(
-        {Count.LINES: 6, Count.BILLED: 2, Count.EVENTS: 5, "skipped.no_subject": 3, "dead_letters.not_json": 1}
+        {
+            Count.LINES: 6,
+            Count.ENTRIES: 6,
+            Count.BILLED: 2,
+            Count.EVENTS: 5,
+            "skipped.no_subject": 3,
+            "dead_letters.not_json": 1,
+        }
     )
     with Checkpoint(directory) as checkpoint:
         file_id = record(checkpoint, tmp_path / "usage.log")
@@ -93,7 +100,7 @@ def test_the_report_as_json_counts_every_name_and_balances(directory: Path, tmp_
             {"path": str(tmp_path / "usage.log"), "position_bytes": 80, "size_bytes": 100, "unread_bytes": 20},
         ],
         "books": dict.fromkeys(map(str, Count), 0)
-        | {"lines": 6, "billed": 2, "events": 5}
+        | {"lines": 6, "entries": 6, "billed": 2, "events": 5}
         | {"skipped": {"no_subject": 3}, "dead_letters": {"not_json": 1}, "balanced": True},
     }
 
@@ -107,7 +114,7 @@ def test_the_report_for_people(directory: Path, tmp_path: Path, capsys: pytest.C
     with Checkpoint(directory) as checkpoint:
         file_id = record(checkpoint, odd)
         record(checkpoint, gone)
-        checkpoint.commit([Settled(file_id, 4000, b"x", Books({Count.LINES: 3, Count.BILLED: 3}))])
+        checkpoint.commit([Settled(file_id, 4000, b"x", Books({Count.LINES: 3, Count.ENTRIES: 3, Count.BILLED: 3}))])
     gone.unlink()
     render(read_status(directory))
     out = capsys.readouterr().out
@@ -125,7 +132,7 @@ def test_books_that_do_not_balance_are_shouted(
     (tmp_path / "usage.log").write_bytes(b"x")
     with StateLock(directory), Checkpoint(directory) as checkpoint:
         file_id = record(checkpoint, tmp_path / "usage.log")
-        checkpoint.commit([Settled(file_id, 1, b"x", Books({Count.LINES: 3, Count.BILLED: 2}))])
+        checkpoint.commit([Settled(file_id, 1, b"x", Books({Count.LINES: 3, Count.ENTRIES: 3, Count.BILLED: 2}))])
         render(read_status(directory))
     out = capsys.readouterr().out
     assert f"running as process {os.getpid()}" in out

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from metershipper.books import Dead
-from metershipper.entry import AiPart, Meta, Unbillable, Usage
+from metershipper.entry import AiPart, Meta, Usage
+from metershipper.pieces import Unbillable
 from metershipper.usage import (
     FLAT,
     MAX_TOKENS,

@@ -24,11 +24,11 @@ import orjson
 
 from metershipper.books import Count
 from metershipper.checkpoint import Checkpoint
-from metershipper.config import Metering, Subject
 from metershipper.errors import StateError
 from metershipper.followed import BLOCK_BYTES
 from metershipper.lines import whole_lines
 from metershipper.mapper import Mapper
+from metershipper.metering import Metering, Subject
 from metershipper.traffic import Traffic
 
 REPEATS = 3

@@ -18,9 +18,9 @@ import orjson
 
 from metershipper.books import Books, Count
 from metershipper.checkpoint import Checkpoint
-from metershipper.config import Metering, Subject
 from metershipper.errors import StateError
 from metershipper.mapper import Mapper
+from metershipper.metering import Metering, Subject
 from metershipper.sandbox import Store, accept
 
 DEADLINE_SECONDS = 60.0
