@@ -7,9 +7,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
 from metershipper.books import Books, Count
+from metershipper.cli import cli
 from metershipper.demo import Outcome, run_demo, show
 from metershipper.traffic import Truth
 
@@ -67,3 +70,11 @@ def test_demo_says_what_was_lost(tmp_path: Path) -> None:
     assert "1 lost" in shown
     assert "THE BOOKS DO NOT BALANCE: events stored: 3 instead of 4" in shown
     assert "tokens by subject, model and direction" in shown
+
+
+def test_a_demo_that_can_not_run_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No traceback and no false balance when a part of it does not start."""
+    monkeypatch.setattr("metershipper.demo._CONFIG", 'unknown = "{url} {log} {state}"\n')
+    shown = CliRunner().invoke(cli, ["demo", "--keep", str(tmp_path)])
+    assert shown.exit_code == 1
+    assert "The demo failed: `run` ended with exit code 2" in shown.output

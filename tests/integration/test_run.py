@@ -3,11 +3,14 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
+from metershipper.books import Count
 from metershipper.traffic import Traffic
 from tests.integration.support import FaultyEndpoint, Site, append, expected_ids, stop, wait_until
 
@@ -208,3 +211,25 @@ def test_the_token_is_found_nowhere_but_in_its_header(tmp_path: Path) -> None:
         assert token.encode() not in path.read_bytes()
         assert path.stat().st_mode & 0o077 == 0, path
     assert site.state.stat().st_mode & 0o077 == 0
+
+
+def test_a_state_that_can_not_be_written_for_a_while_costs_nothing(tmp_path: Path) -> None:
+    """Case 33, by a lock in place of a full disk: it says so, goes on delivering, and records everything afterwards."""
+    lines = lines_of(11, 60)
+    with FaultyEndpoint() as endpoint:
+        site = Site(tmp_path, endpoint.url)
+        append(site.log, *lines[:30])
+        with site.running() as process:
+            site.wait_for_lines(process, 30)
+            with closing(sqlite3.connect(site.state / "checkpoint.sqlite", isolation_level=None)) as other:
+                other.execute("BEGIN IMMEDIATE")
+                append(site.log, *lines[30:])
+                words = "positions can't be written (database is locked); nothing is lost, trying again"
+                wait_until(lambda: words in site.errors.read_text(), lambda: site.story(process))
+                assert site.books()[Count.LINES] == 30
+                assert len(endpoint.ids()) == len(expected_ids(lines))
+                other.execute("ROLLBACK")
+            site.wait_for_lines(process, 60)
+            assert stop(process) == 0
+        assert site.books().balanced
+        assert endpoint.store.counts()["repeats"] == 0
