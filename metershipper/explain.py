@@ -54,7 +54,7 @@ def line_of(told: dict[str, Any]) -> str:
     what = f"[{_COLOURS[outcome]}]{outcome}[/]"
     if outcome == "billed":
         usage = ", ".join(_usage(told["events"]))
-        what += f" to {escape(told['subject'])}: {escape(usage)}"
+        what += f" to {escape(one_line(told['subject']))}: {escape(one_line(usage))}"
     else:
         detail = f" ({told['detail']})" if "detail" in told else ""
         what += f": {told['reason']}{escape(detail)}"

@@ -297,7 +297,10 @@ def _write_settings(page: _Page, instance: PluginInstance, table: str) -> None:
 
 def _write_subject(page: _Page, instance: PluginInstance, subject: Mapping[str, Any], table: str) -> None:
     page.line("", f"[{table}.subject]")
-    page.key(instance, "look_up_value_in", resolve(_given(subject).get("look_up_value_in", "consumer")))
+    where = resolve(_given(subject).get("look_up_value_in", "consumer"))
+    page.key(instance, "look_up_value_in", where)
+    if where == "application":
+        return  # there is one way to name an application; a field has no meaning
     if (field := _given(subject).get("field")) is not None:
         variable = "METERSHIPPER_METERING__SUBJECT__FIELD" if table == "metering" else ""
         page.key(instance, "field", resolve(field), variable)

@@ -129,13 +129,15 @@ class Meter:
         if settings.token_details:
             asked_details, answered_details = _in_order(input_details(usage)), _in_order(output_details(usage))
         directions: list[tuple[str, int | None, tuple[Any, ...]]] = [(REQUEST, asked, asked_details)]
-        if settings.split_cached_input and (cached := cached_tokens(usage, asked)):
+        if settings.split_cached_input and (cached := cached_tokens(usage)):
             # The cached tokens are an event of their own: as a detail as well they would be summed twice.
             rest = tuple(
                 None if name == "cached_tokens" else value
                 for name, value in zip(DETAIL_FIELDS, asked_details, strict=False)
             )
-            directions = [(REQUEST, (asked or 0) - cached, rest), (CACHED, cached, (None,) * len(rest))]
+            # More cached than input: then they were not part of it (Anthropic, before Kong 3.14.0.8).
+            uncached = (asked or 0) - cached if cached <= (asked or 0) else asked
+            directions = [(REQUEST, uncached, rest), (CACHED, cached, (None,) * len(rest))]
         return [*directions, (RESPONSE, answered, answered_details)]
 
     def _is_failed(self, entry: AnyEntry, directions: list[tuple[str, int | None, tuple[Any, ...]]]) -> bool:

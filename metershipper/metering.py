@@ -174,8 +174,8 @@ class Rule(MeteringSettings):
 
     def over(self, base: MeteringSettings) -> MeteringSettings:
         """These settings, and those of `base` where they are not set."""
-        names = MeteringSettings.model_fields
-        values = {name: getattr(self if name in self.model_fields_set else base, name) for name in names}
+        own = self.model_fields_set | {"enabled"}  # a rule is on unless it says otherwise, also where [metering] is off
+        values = {name: getattr(self if name in own else base, name) for name in MeteringSettings.model_fields}
         return MeteringSettings.model_construct(**values)
 
 

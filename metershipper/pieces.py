@@ -7,6 +7,7 @@ line, and the next one is glued to what is left of it. Others send arrays of ent
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 from metershipper.books import Dead
@@ -17,6 +18,9 @@ MAX_INTEGER_DIGITS = 4000
 # How much text is gone through again in a torn line, in search of a complete entry, before the rest is given up: a line
 # of a few kilobytes is searched to its end, a hostile one of megabytes costs some tenths of a second.
 MAX_SALVAGE_CHARACTERS = 8 * 1024 * 1024
+# Above these a line is kept aside as a whole: they bound the time and the memory that a hostile one can take.
+MAX_PIECES = 10_000
+MAX_VALUES = 500_000
 
 
 class Unbillable(Exception):
@@ -43,7 +47,11 @@ def pieces(line: bytes) -> list[Piece]:
     copies a client's bytes as they are (lua-cjson), so such a line is still a request to be billed.
     """
     text = line.lstrip(b"\0").removeprefix(BOM).decode("utf-8", "replace").rstrip("\0 \t\r\n")
-    found = [piece for value in _values(text) for piece in _unfolded(value)]
+    if sum(map(text.count, "{[,")) > MAX_VALUES:
+        return [Piece(None, Unbillable(Dead.NOT_AN_ENTRY, f"more than {MAX_VALUES} JSON values on one line"), line)]
+    found = list(islice((piece for value in _values(text) for piece in _unfolded(value)), MAX_PIECES + 1))
+    if len(found) > MAX_PIECES:
+        return [Piece(None, Unbillable(Dead.NOT_AN_ENTRY, f"more than {MAX_PIECES} entries on one line"), line)]
     if len(found) > 1 and not any(_is_entry(piece.value) for piece in found):
         # Nothing of the line can be used: it is one fault, however many fragments it seems to hold.
         faults = [piece.fault for piece in found if piece.fault and piece.fault.reason is Dead.NOT_JSON]
@@ -98,11 +106,13 @@ def _next_object(text: str, start: int, budget: int) -> tuple[int | None, int]:
     while budget > 0 and (start := text.find('{"', start)) >= 0:
         budget -= len(text) - start
         try:
-            value, _ = _DECODER.raw_decode(text, start)
+            value, end = _DECODER.raw_decode(text, start)
         except (ValueError, RecursionError):
             start += 1
             continue
-        if _is_entry(value) or _is_entry(value.get("message")):  # inner objects of a torn entry are none
+        # What stands inside a torn entry is none, whatever a client made it look like: something of that entry follows.
+        is_last = text[_skip_space(text, end) :][:1] in ("", "{", "[")
+        if is_last and (_is_entry(value) or _is_entry(value.get("message"))):
             return start, budget
         start += 1
     return None, budget

@@ -1,6 +1,8 @@
 """Settings compiled into functions of an entry: who is billed, and by which attributes. Pure."""
 
+import unicodedata
 from collections.abc import Callable
+from math import isfinite
 from operator import attrgetter
 from typing import Any, TypeAlias
 
@@ -23,6 +25,8 @@ def first_value(value: Any) -> str | None:
         return value or None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
+    if isinstance(value, float) and not isfinite(value):
+        return None
     return format_number(value)
 
 
@@ -32,9 +36,17 @@ def _checked_subject(subject: str | None) -> str | None:
         return subject
     if len(subject.encode("utf-8", "replace")) > MAX_SUBJECT_BYTES:
         raise Unbillable(Dead.BAD_SUBJECT, f"the subject is longer than {MAX_SUBJECT_BYTES} bytes")
-    if any(character < " " or character == "\x7f" for character in subject):
+    if any(_steers(character) for character in subject):
         raise Unbillable(Dead.BAD_SUBJECT, "the subject holds control characters")
     return subject
+
+
+def _steers(character: str) -> bool:
+    """Control characters, and what turns the direction of text: nobody is called that."""
+    return unicodedata.category(character) == "Cc" or character in _BIDI
+
+
+_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def value_reader(section: str, attribute: str) -> Callable[[AnyEntry], str | None]:

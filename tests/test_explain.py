@@ -101,6 +101,14 @@ def test_what_a_log_holds_cannot_dress_up_the_terminal(tmp_path: Path, hostile: 
     assert "[bold]" not in hostile or "[bold]x[/bold]" in line
 
 
+def test_models_and_subjects_cannot_either(tmp_path: Path) -> None:
+    """Case 74, for what stands in the events: a model that forges a line of the report stays on its own."""
+    ai = {"proxy": {"usage": {"prompt_tokens": 1}, "meta": {"request_model": "\x1b[31mX\nbad line"}}}
+    result = explain(tmp_path, data=entry(0, ai=ai))
+    (line,) = result.output.splitlines()
+    assert "\x1b" not in line
+
+
 def test_json_alone_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["map", "--json", str(tmp_path)])
     assert result.exit_code == 2

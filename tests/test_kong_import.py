@@ -747,10 +747,13 @@ def test_what_is_not_known_is_told(imported: Callable[..., Imported]) -> None:
         assert f"{line}." in result.comments
 
 
-def test_what_only_kong_accepts_is_refused_by_check(imported: Callable[..., Imported], tmp_path: Path) -> None:
-    subject = {"look_up_value_in": "application", "field": "name"}
-    result = imported(instances({"config": CONFIG | {"subject": subject}}))
-    assert "field has no meaning with look_up_value_in = 'application'" in check(tmp_path, result.text)
+def test_a_field_of_an_application_has_no_meaning_and_is_left_out(
+    imported: Callable[..., Imported], tmp_path: Path
+) -> None:
+    config = CONFIG | {"subject": {"look_up_value_in": "application", "field": "id"}}
+    text = imported(json.dumps(PLUGIN | {"config": config})).text
+    assert check(tmp_path, text) == ""
+    assert tomllib.loads(text)["metering"]["subject"] == {"look_up_value_in": "application"}
 
 
 def test_names_can_not_break_out_of_a_comment_or_a_string(imported: Callable[..., Imported]) -> None:

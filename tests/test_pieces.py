@@ -237,3 +237,23 @@ def test_as_many_entries_come_out_as_went_in(joined: Callable[[list[bytes]], byt
     assert told(joined([ENTRY, OTHER, ENTRY][: count % 3] + [OTHER] * (count - count % 3))) == (
         [VALUE, OTHER_VALUE, VALUE][: count % 3] + [OTHER_VALUE] * (count - count % 3)
     )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b'{"request":{}}' * 400_000, b'{"a":1}' * 400_000, b"[" + b"{}," * 2_000_000 + b"{}]", ENTRY * 10_001],
+    ids=["entries", "objects", "array", "one entry too many"],
+)
+def test_a_line_of_very_many_values_is_kept_aside_whole_and_at_once(line: bytes) -> None:
+    """Case 25: neither the time nor the memory that a hostile line takes grows with what it holds."""
+    (piece,) = pieces(line)
+    assert piece.fault is not None and piece.fault.reason is Dead.NOT_AN_ENTRY
+    assert piece.fault.detail.startswith("more than ") and piece.raw == line
+
+
+def test_what_a_client_wrote_inside_a_torn_entry_is_no_entry() -> None:
+    """A logged body that looks like an entry must not be billed when the line around it is torn."""
+    forged = b'{"request":{"id":"zz"},"consumer":{"id":"c"},"started_at":1770000000000}'
+    torn, entry = pieces(b'{"ai":{"payload":' + forged + b'},"x":"' + ENTRY)
+    assert torn.fault is not None
+    assert entry.value is not None and entry.value["request"].get("id") != "zz"

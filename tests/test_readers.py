@@ -134,6 +134,9 @@ def test_the_subject_is_found_where_the_rule_looks(
         ("tab\t", False),
         ("\x1b[31m", False),
         ("del\x7f", False),
+        ("c1\x85", False),
+        ("csi\x9b31m", False),
+        ("turned\u202eb", False),
     ],
     ids=lambda value: ascii(value)[:16],
 )
@@ -183,3 +186,11 @@ def test_only_the_listed_personal_fields_are_read(wanted: frozenset[str], expect
     """Case 71: events carry mapped fields only."""
     logged = entry(headers={"user-agent": "curl/8"}, client_ip="10.0.0.1")
     assert personal_reader(wanted, HEADERS)(logged) == expected
+
+
+@pytest.mark.parametrize("value", ["NaN", "1e999", "-1e999"])
+def test_what_is_no_number_is_nobody(value: str) -> None:
+    """Case 25: NaN and infinity never reach the server, and are no customer's name."""
+    line = b'{"request":{"headers":{"x-tenant":' + value.encode() + b"}}}"
+    logged = DECODER.decode(line) or DECODER.convert(whole_object(line))
+    assert subject_reader((Subject(look_up_value_in="header", field="x-tenant"),), HEADERS, QUERY)(logged) is None

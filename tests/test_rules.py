@@ -171,12 +171,11 @@ FILTERS: dict[str, tuple[Json, Skip, list[Json], list[Json]]] = {
 def test_a_filter_keeps_out_what_does_not_pass_with_its_reason(
     settings: Json, reason: Skip, passing: list[Json], others: list[Json]
 ) -> None:
-    """In [metering] itself, in a rule, and inherited from [metering] by a rule that sets something else."""
-    for name, rules in (
-        ("metering", book(**settings)),
-        ("rules[0]", book({"service": "billing"} | settings)),
-        ("rules[0]", book({"service": "billing", "emit_zero_tokens": True}, **settings)),
-    ):
+    """In [metering] itself, in a rule, and, but for `enabled`, inherited by a rule that sets something else."""
+    cases = [("metering", book(**settings)), ("rules[0]", book({"service": "billing"} | settings))]
+    if "enabled" not in settings:
+        cases.append(("rules[0]", book({"service": "billing", "emit_zero_tokens": True}, **settings)))
+    for name, rules in cases:
         assert [decided(rules, entry(**changes)) for changes in passing] == [name] * len(passing)
         assert [decided(rules, entry(**changes)) for changes in others] == [reason] * len(others)
         assert all(rules.name_for(entry(**changes)) == name for changes in passing + others)
@@ -225,9 +224,10 @@ def test_when_none_passes_the_first_one_tells_why_and_no_wider_scope_is_asked() 
 
 
 def test_metering_off_with_one_rule_on_meters_that_scope_alone() -> None:
-    rules = book({"service": "billing", "enabled": True}, {"route": "chat"}, enabled=False)
+    """A rule is on unless it says otherwise: so an import of scoped plugins, and no global one, bills their scopes."""
+    rules = book({"service": "billing"}, {"route": "chat", "enabled": False}, enabled=False)
     assert decided(rules, entry(route=...)) == "rules[0]"
-    assert decided(rules, entry()) is Skip.RULE_DISABLED, "the route's rule inherits it"
+    assert decided(rules, entry()) is Skip.RULE_DISABLED, "the route's rule is off and the more specific one"
     assert decided(rules, entry(service=..., route=...)) is Skip.RULE_DISABLED
     assert rules.name_for(entry(service=..., route=...)) == "metering"
 

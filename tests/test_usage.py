@@ -27,6 +27,9 @@ CALLS: dict[str, tuple[dict[str, AiPart], list[tuple[str, str]]]] = {
     "3.6 flat": ({"usage": FLAT_USAGE, "meta": UNUSED}, [("", FLAT)]),
     "3.6 flat without meta": ({"usage": FLAT_USAGE}, [("", FLAT)]),
     "3.6 flat with payload": ({"usage": FLAT_USAGE, "payload": AiPart()}, [("", FLAT)]),
+    "flat beside a container without counts": (
+        {"proxy": AiPart(usage=Usage(), meta=Meta()), "usage": FLAT_USAGE, "meta": UNUSED}, [("", FLAT)],
+    ),
     "meta alone": ({"meta": UNUSED}, []),
     "meta and payload": ({"meta": UNUSED, "payload": AiPart()}, []),
     "3.7 and 3.8": ({"ai-proxy": USED}, [("", "ai-proxy")]),

@@ -70,3 +70,53 @@ def test_what_kongs_plugin_bills_is_billed_after_the_import(example: str, form: 
     events = [json.loads(line) for line in mapped.stdout.splitlines()]
     assert len(events) == len(BILLED[example])
     assert all(holds(event, wanted) for event, wanted in zip(events, BILLED[example], strict=True)), events
+
+
+SCOPED = {
+    "decK, nested in a consumer": """
+_format_version: "3.0"
+consumers:
+- username: alice
+  plugins:
+  - name: metering-and-billing
+    config: {ingest_endpoint: "https://us.api.konghq.com/v3/openmeter/events", api_token: t,
+             meter_ai_token_usage: false}
+""",
+    "Admin API, for a consumer": json.dumps(
+        {
+            "name": "metering-and-billing",
+            "consumer": {"id": "c-1"},
+            "config": {
+                "ingest_endpoint": "https://us.api.konghq.com/v3/openmeter/events",
+                "api_token": "t",
+                "meter_ai_token_usage": False,
+            },
+        }
+    ),
+    "Kubernetes, named by a KongConsumer": """
+apiVersion: configuration.konghq.com/v1
+kind: KongPlugin
+metadata: {name: usage}
+plugin: metering-and-billing
+config: {ingest_endpoint: "https://us.api.konghq.com/v3/openmeter/events", api_token: t, meter_ai_token_usage: false}
+---
+apiVersion: configuration.konghq.com/v1
+kind: KongConsumer
+metadata: {name: alice, annotations: {konghq.com/plugins: usage}}
+username: alice
+""",
+}
+
+
+@pytest.mark.parametrize("text", SCOPED.values(), ids=SCOPED)
+def test_a_plugin_of_one_scope_bills_that_scope_and_no_other(text: str, tmp_path: Path) -> None:
+    """Without a global instance Kong meters nothing else; nor do we, and the scope itself is billed."""
+    plugin, config, log = (tmp_path / name for name in ("plugin", "config.toml", "usage.log"))
+    plugin.write_text(text)
+    other = ENTRY | {"consumer": {"id": "c-2", "username": "bob"}}
+    log.write_text("".join(json.dumps(entry) + "\n" for entry in (ENTRY, other)))
+    config.write_text(CliRunner().invoke(cli, ["import-kong", str(plugin)]).stdout)
+    mapped = CliRunner().invoke(cli, ["map", "-c", str(config), str(log)])
+    (event,) = [json.loads(line) for line in mapped.stdout.splitlines()]
+    assert holds(event, API)
+    assert "skipped: rule_disabled 1" in mapped.stderr
