@@ -25,6 +25,12 @@ class Settled:
     books: Books = field(default_factory=Books)
     dead_letters: list[DeadLetter] = field(default_factory=list)
 
+    def extend(self, further: "Span | Settled") -> None:
+        """Add the ground that follows in the same file: its end is the new one, its counts come on top."""
+        self.end_offset, self.tail = further.end_offset, further.tail
+        self.books.update(further.books)
+        self.dead_letters += further.dead_letters
+
 
 @dataclass(slots=True)
 class Ledger:
@@ -56,11 +62,8 @@ class Ledger:
 def _settled_ground(file_id: int, spans: deque[Span]) -> Settled | None:
     ground: Settled | None = None
     while spans and spans[0].unsettled == 0:
-        span = spans.popleft()
         ground = ground or Settled(file_id, 0, b"")
-        ground.end_offset, ground.tail = span.end_offset, span.tail
-        ground.books.update(span.books)
-        ground.dead_letters += span.dead_letters
+        ground.extend(spans.popleft())
     return ground
 
 
@@ -68,8 +71,5 @@ def merge(earlier: Iterable[Settled], later: Iterable[Settled]) -> list[Settled]
     """Two lots of settled ground as one, for a commit that could not be written yet."""
     merged: dict[int, Settled] = {}
     for ground in (*earlier, *later):
-        known = merged.setdefault(ground.file_id, Settled(ground.file_id, 0, b""))
-        known.end_offset, known.tail = ground.end_offset, ground.tail
-        known.books.update(ground.books)
-        known.dead_letters += ground.dead_letters
+        merged.setdefault(ground.file_id, Settled(ground.file_id, 0, b"")).extend(ground)
     return list(merged.values())

@@ -32,7 +32,14 @@ class RuleBook:
     base: Meter
     base_settings: MeteringSettings
     rules: list[tuple[Rule, MeteringSettings, Meter]]
+    _base: "_Choice" = field(init=False)
+    _ranked: list[tuple[int, Rule, "_Choice"]] = field(init=False)
     _remembered: dict[Names, list["_Choice"]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Compile every filter once, whatever scopes the entries will name."""
+        self._base = _Choice(self.base, _filter(self.base_settings))
+        self._ranked = [(_rank(rule), rule, _Choice(meter, _filter(settings))) for rule, settings, meter in self.rules]
 
     def meter_for(self, entry: AnyEntry) -> Meter | Skip:
         """The meter for an entry, or why it is not metered.
@@ -64,11 +71,11 @@ class RuleBook:
         return choices
 
     def _choose(self, names: Names) -> list["_Choice"]:
-        matching = [(_rank(rule), settings, meter) for rule, settings, meter in self.rules if _matches(rule, names)]
+        matching = [(rank, choice) for rank, rule, choice in self._ranked if _matches(rule, names)]
         if not matching:
-            return [_Choice(self.base, _filter(self.base_settings))]
-        best = min(rank for rank, _, _ in matching)
-        return [_Choice(meter, _filter(settings)) for rank, settings, meter in matching if rank == best]
+            return [self._base]
+        best = min(rank for rank, _ in matching)
+        return [choice for rank, choice in matching if rank == best]
 
 
 @dataclass(slots=True, frozen=True)
