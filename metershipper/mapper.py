@@ -22,7 +22,6 @@ from metershipper.usage import shown
 # OpenMeter stores times as 32-bit seconds. Seconds in place of milliseconds fall below the lower bound.
 EARLIEST_STARTED_AT_MS = 1_000_000_000_000  # 2001-09-09
 LATEST_STARTED_AT_MS = 4_294_967_295_999  # 2106-02-07
-_HASHED_IDS = Count.HASHED_IDS.value  # a plain string: the hot path would feel an enum member's hash
 
 
 class Explained(NamedTuple):
@@ -129,7 +128,7 @@ class Mapper:
         base = f"{request_id}-{int(entry.started_at)}" if request_id else content_hash(_object_of(source))
         found = meter.events_of(entry, request, base, subject, time, books)
         if not request_id and not isinstance(found, Skip):
-            books[_HASHED_IDS] += 1
+            books[Count.HASHED_IDS] += 1
         return found
 
     def explain(self, data: bytes, start_offset: int = 0) -> Iterator[Explained]:

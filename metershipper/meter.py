@@ -29,14 +29,13 @@ from metershipper.usage import (
 TOOLS_CALL = "tools/call"
 MAX_ERROR_CHARACTERS = 200
 REQUEST, CACHED, RESPONSE = "request", "request_cached", "response"
-# The kind of each direction in an event's id. Plain strings below: the hot path would feel an enum member's hash.
+# The kind of each direction in an event's id, and what its tokens are counted under.
 _KINDS = {REQUEST: ":input", CACHED: ":input_cached", RESPONSE: ":output"}
 _TOKENS = {
-    REQUEST: Count.TOKENS_REQUEST.value,
-    CACHED: Count.TOKENS_REQUEST.value,
-    RESPONSE: Count.TOKENS_RESPONSE.value,
+    REQUEST: Count.TOKENS_REQUEST,
+    CACHED: Count.TOKENS_REQUEST,
+    RESPONSE: Count.TOKENS_RESPONSE,
 }
-_FAILED_AI_CALLS = Count.FAILED_AI_CALLS.value
 
 
 class Meter:
@@ -115,7 +114,7 @@ class Meter:
                 event_id = f"{base}:mcp_tool_call.{number}"
                 found.append(UsageEvent("1.0", event_id, source, MCP_TOOL_CALL, who, time, data))
         if failed_calls:
-            books[_FAILED_AI_CALLS] += failed_calls
+            books[Count.FAILED_AI_CALLS] += failed_calls
         if found:
             return found
         return Skip.FAILED_AI_CALL if failed_calls else Skip.NO_USAGE
