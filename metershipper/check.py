@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from metershipper.checkpoint import state_problem
 from metershipper.config import Config, FileInput, OpenMeter, endpoint_of, require_for_run
 from metershipper.metering import MeteringSettings, Rule, Subject
 from metershipper.openmeter import Endpoint, Token
 from metershipper.retry import Verdict
+from metershipper.state import state_problem
 
 
 @dataclass(frozen=True, slots=True)

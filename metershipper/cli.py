@@ -70,7 +70,12 @@ def cli() -> None:
     show_default=True,
     help="How long a stop lets batches in flight finish.",
 )
-def run(config_path: Path | None, grace_seconds: float) -> None:
+@click.option(
+    "--start-over",
+    is_flag=True,
+    help="If the checkpoint is damaged or lost: set it aside and read every log, and its rotated files, again.",
+)
+def run(config_path: Path | None, grace_seconds: float, start_over: bool) -> None:
     """Follow files and ship their usage until SIGTERM.
 
     The first SIGTERM or SIGINT stops reading, finishes what is in flight and checkpoints; a second one stops at once.
@@ -88,7 +93,7 @@ def run(config_path: Path | None, grace_seconds: float) -> None:
     os.umask(0o077)  # whatever the state directory holds is for this user alone
     if warning := Token(config.openmeter).warning:
         logging.getLogger("metershipper").warning(warning)
-    forced = asyncio.run(_run_until_signalled(Sidecar(config, where, grace_seconds)))
+    forced = asyncio.run(_run_until_signalled(Sidecar(config, where, grace_seconds, start_over=start_over)))
     sys.exit(1 if forced else 0)
 
 

@@ -20,20 +20,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from metershipper.checkpoint import NewFile, Sample, StoredFile
 from metershipper.config import FileInput
 from metershipper.followed import (
     MAX_LINE_BYTES,
     TAIL_BYTES,
     Block,
     FollowedFile,
-    Identity,
     end_of_lines,
     holds,
     is_copy,
     read_head,
 )
 from metershipper.lines import COMPRESSED_SUFFIXES, is_rotated_name
+from metershipper.records import Identity, NewFile, Sample, StoredFile
 
 log = logging.getLogger("metershipper.tailer")
 
@@ -52,7 +51,7 @@ class Registry(Protocol):
     def files(self) -> list[StoredFile]: ...
     def inputs(self) -> set[str]: ...
     def register(self, files: Sequence[NewFile], inputs: Iterable[str] = ()) -> list[int]: ...
-    def identify(self, file_id: int, path: str, device: int, inode: int, head: Sample) -> None: ...
+    def update(self, file: StoredFile) -> None: ...
 
 
 @dataclass(slots=True)
@@ -159,7 +158,7 @@ class FileSet:
         """Record the head once it is there. Before the lines are read: if this fails, nothing was stepped over."""
         head = read_head(file.fd)
         if head.length:
-            self.registry.identify(file.file_id, file.path, *file.identity, head)
+            self.registry.update(replace(file.record(), head=head))
             file.head = head
 
     def _begin_again(self, file: FollowedFile) -> None:
@@ -236,7 +235,7 @@ class FileSet:
                 file.rotated = False
                 if found.path != file.path:
                     file.path = found.path
-                    self.registry.identify(file.file_id, file.path, *file.identity, file.head)
+                    self.registry.update(file.record())
 
     def _find_rotated(self, current: dict[Identity, _Found]) -> list[_Found]:
         """Rotated parts of the followed logs that are not open, oldest first."""
@@ -375,7 +374,8 @@ class FileSet:
         status = os.fstat(opened.fd)
         identity = status.st_dev, status.st_ino
         if (record.path, record.device, record.inode) != (found.lineage, *identity):
-            self.registry.identify(record.file_id, found.lineage, *identity, record.head)
+            device, inode = identity
+            self.registry.update(replace(record, path=found.lineage, device=device, inode=inode, history=False))
         tail = os.pread(opened.fd, record.tail.length, record.position - record.tail.length)
         self._follow(
             opened,

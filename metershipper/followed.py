@@ -7,8 +7,8 @@ the bytes just before the offset (tail). A rename changes neither. Never parses 
 import os
 from dataclasses import dataclass
 
-from metershipper.checkpoint import Sample, StoredFile
 from metershipper.lines import first_line, whole_lines
+from metershipper.records import Identity, Sample, StoredFile
 
 BLOCK_BYTES = 1024 * 1024
 MAX_LINE_BYTES = 16 * 1024 * 1024
@@ -16,8 +16,6 @@ MAX_LINE_BYTES = 16 * 1024 * 1024
 HEAD_BYTES = 16 * 1024
 TAIL_BYTES = 256
 KEPT_OF_OVERLONG_LINE_BYTES = 4096
-
-Identity = tuple[int, int]  # device, inode
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from metershipper.batcher import Batch, Batcher, Span
 from metershipper.books import Dead
-from metershipper.checkpoint import Checkpoint, StateLock
+from metershipper.checkpoint import Checkpoint
 from metershipper.config import Config, endpoint_of
 from metershipper.errors import StateError
 from metershipper.events import Mapped
@@ -26,6 +26,7 @@ from metershipper.ledger import Ledger, Settled, merge
 from metershipper.mapper import Mapper, overlong_line
 from metershipper.openmeter import Endpoint
 from metershipper.shipper import REPEAT_LOG_SECONDS, Shipper
+from metershipper.state import StateLock
 from metershipper.tailer import Tailer
 
 log = logging.getLogger("metershipper")
@@ -46,11 +47,13 @@ class Stopped:
 class Sidecar:
     """One run over one state directory. `stop` ends it in order; `stop_now` does not wait for what is in flight.
 
-    Args: `grace_seconds`, how long `stop` lets the batches in flight finish.
+    Args: `grace_seconds`, how long `stop` lets the batches in flight finish; `start_over`, whether a checkpoint that is
+    damaged or lost is replaced, and everything that is still there read again.
     """
 
-    def __init__(self, config: Config, where: str, grace_seconds: float) -> None:
+    def __init__(self, config: Config, where: str, grace_seconds: float, *, start_over: bool = False) -> None:
         self._config = config
+        self._start_over = start_over
         self._url = endpoint_of(config, where)
         self._grace_seconds = grace_seconds
         settings = config.openmeter
@@ -81,8 +84,7 @@ class Sidecar:
         Raises: StateInUse, StateError, ConfigError before anything is read.
         """
         async with AsyncExitStack() as stack:
-            stack.enter_context(StateLock(self._config.state.directory))
-            checkpoint = stack.enter_context(Checkpoint(self._config.state.directory))
+            checkpoint = self._open_state(stack)
             endpoint = await stack.enter_async_context(Endpoint(self._url, self._config.openmeter))
             files = FileSet(self._config.inputs.files, checkpoint, time.monotonic)
             stack.callback(files.close)
@@ -105,6 +107,18 @@ class Sidecar:
             stopped = Stopped(self._ledger.unsettled_events, self._stop_now.is_set())
             log.info("stopped%s: %d events left for the next start", _how(stopped), stopped.unsettled_events)
             return stopped
+
+    def _open_state(self, stack: AsyncExitStack) -> Checkpoint:
+        directory = self._config.state.directory
+        lock = stack.enter_context(StateLock(directory))
+        checkpoint = Checkpoint(directory, expected=lock.was_used, start_over=self._start_over)
+        stack.enter_context(checkpoint)
+        lock.mark_used()
+        for path in checkpoint.set_aside:
+            log.warning("%s: was damaged; kept for inquiry as %s", directory, path.name)
+        if checkpoint.starts_over:
+            log.warning("starting over: every log and its rotated files are read from the beginning")
+        return checkpoint
 
     async def _read_and_ship(self, tailer: Tailer, shipper: Shipper) -> None:
         async with asyncio.TaskGroup() as tasks:

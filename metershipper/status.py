@@ -11,9 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from metershipper.books import DEAD_LETTERS, SKIPPED, Books, Count
-from metershipper.checkpoint import Checkpoint, StoredFile, holder_of
+from metershipper.checkpoint import Checkpoint
 from metershipper.errors import StateError
 from metershipper.filter import summary
+from metershipper.records import StoredFile
+from metershipper.state import holder_of
 
 
 @dataclass(frozen=True, slots=True)

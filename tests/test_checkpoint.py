@@ -14,28 +14,20 @@ from pathlib import Path
 import pytest
 
 from metershipper.books import Books, Count, Dead
-from metershipper.checkpoint import (
-    DATABASE_NAME,
-    LOCK_NAME,
-    SCHEMA_VERSION,
-    Checkpoint,
-    NewFile,
-    Sample,
-    StateLock,
-    StoredFile,
-    holder_of,
-    make_private_directory,
-)
+from metershipper.checkpoint import DATABASE_NAME, Checkpoint
 from metershipper.errors import StateError, StateInUse
 from metershipper.events import DeadLetter
 from metershipper.ledger import Settled
+from metershipper.records import NewFile, Sample, StoredFile
+from metershipper.schema import SCHEMA_VERSION
+from metershipper.state import LOCK_NAME, StateLock, holder_of, make_private_directory
 
 NOBODY = 65534
 HEAD, TAIL = Sample.of(b"first\n"), Sample.of(b"last\n")
 HOLD = """
 import sys, time
 from pathlib import Path
-from metershipper.checkpoint import StateLock
+from metershipper.state import StateLock
 with StateLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -44,7 +36,8 @@ with StateLock(Path(sys.argv[1])):
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from metershipper.checkpoint import Checkpoint, StateLock
+from metershipper.checkpoint import Checkpoint
+from metershipper.state import StateLock
 from metershipper.errors import StateError
 limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
@@ -132,7 +125,7 @@ def test_other_content_leaves_the_place_of_a_file_to_its_successor(checkpoint: C
 
 def test_a_file_that_is_followed_is_no_history(checkpoint: Checkpoint) -> None:
     (file_id,) = checkpoint.register([new(1, history=True)])
-    checkpoint.identify(file_id, "/logs/usage.log.1", 8, 9, TAIL)
+    checkpoint.update(StoredFile(file_id, "/logs/usage.log.1", 8, 9, TAIL, Sample(), 0))
     assert checkpoint.files() == [StoredFile(file_id, "/logs/usage.log.1", 8, 9, TAIL, Sample(), 0)]
 
 
@@ -286,7 +279,7 @@ def test_a_kill_leaves_no_stale_lock(directory: Path) -> None:
         with pytest.raises(StateInUse, match=f"process {process.pid};"), StateLock(directory):
             pass
         process.send_signal(signal.SIGKILL)
-    assert (directory / LOCK_NAME).read_text() == f"{process.pid}\n"
+    assert (directory / LOCK_NAME).read_text().rstrip() == str(process.pid)
     assert holder_of(directory) is None
     with StateLock(directory):
         assert holder_of(directory) == os.getpid()
@@ -338,7 +331,7 @@ def test_a_damaged_file_is_refused_and_left_as_it_is(directory: Path, kind: str,
     with pytest.raises(StateError) as refused, Checkpoint(directory, read_only=read_only):
         pass
     assert str(refused.value).startswith(f"{path}: can't be read (")
-    assert "move it away" in str(refused.value)
+    assert "run --start-over" in str(refused.value)
     assert path.read_bytes() == data
 
 

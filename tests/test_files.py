@@ -15,11 +15,12 @@ from typing import Literal
 import pytest
 
 from metershipper.books import Books, Count
-from metershipper.checkpoint import DATABASE_NAME, Checkpoint, make_private_directory
+from metershipper.checkpoint import DATABASE_NAME, Checkpoint
 from metershipper.config import FileInput
 from metershipper.files import LISTING_SECONDS, ROTATED_IDLE_SECONDS, FileSet
 from metershipper.followed import BLOCK_BYTES, KEPT_OF_OVERLONG_LINE_BYTES, Block
 from metershipper.ledger import Settled
+from metershipper.state import make_private_directory
 
 NOBODY = 65534
 

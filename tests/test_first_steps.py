@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from metershipper.checkpoint import Checkpoint, state_problem
+from metershipper.checkpoint import Checkpoint
 from metershipper.cli import cli
 from metershipper.config import FileInput, load_config
 from metershipper.errors import ConfigError
 from metershipper.files import FileSet
+from metershipper.state import state_problem
 from tests.integration.support import FaultyEndpoint, Site, append, stop
 
 LINE = b'{"request":{"id":"r"},"started_at":1782907200015}\n'

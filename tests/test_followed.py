@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metershipper import followed
-from metershipper.checkpoint import Sample, StoredFile
 from metershipper.followed import (
     BLOCK_BYTES,
     HEAD_BYTES,
@@ -21,6 +20,7 @@ from metershipper.followed import (
     holds,
     read_head,
 )
+from metershipper.records import Sample, StoredFile
 
 Follow = Callable[..., FollowedFile]
 LIMIT = 4 * BLOCK_BYTES

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from metershipper.checkpoint import DATABASE_NAME, Checkpoint, make_private_directory
+from metershipper.checkpoint import DATABASE_NAME, Checkpoint
 from metershipper.config import FileInput
 from metershipper.errors import StateError
 from metershipper.files import FileSet
 from metershipper.followed import Block
+from metershipper.state import make_private_directory
 from metershipper.tailer import Tailer
 
 PATIENCE_SECONDS = 5.0

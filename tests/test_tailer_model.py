@@ -19,10 +19,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from metershipper import followed
 from metershipper.batcher import Batch, Span
 from metershipper.books import Books, Count
-from metershipper.checkpoint import Checkpoint, make_private_directory
+from metershipper.checkpoint import Checkpoint
 from metershipper.config import FileInput
 from metershipper.files import LISTING_SECONDS, ROTATED_IDLE_SECONDS, FileSet
 from metershipper.ledger import Ledger
+from metershipper.state import make_private_directory
 
 
 class LogModel(RuleBasedStateMachine):
