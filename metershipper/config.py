@@ -25,6 +25,7 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from metershipper.errors import ConfigError
+from metershipper.lines import MAX_LINE_BYTES
 from metershipper.metering import ONE_OR_SEVERAL, Metering, Section
 
 ENV_PREFIX = "METERSHIPPER_"
@@ -122,6 +123,7 @@ class Inputs(Section):
     """Where entries come from."""
 
     files: tuple[FileInput, ...] = ()
+    max_line_bytes: int = Field(MAX_LINE_BYTES, ge=4096, le=64 * 1024 * 1024)
 
     @field_validator("files")
     @classmethod

@@ -1,452 +1,446 @@
-"""The files that are followed: finding them, knowing them again after a rename, and reading them in turn.
+"""The files that are followed: opening them, knowing them again, and reading them in turn.
 
-All of this blocks; `tailer` calls it off the event loop, one call at a time. Owns the set of open files, whose read
-offsets run ahead of the checkpoint's positions. Never parses a line and never decides what is settled.
+All of this blocks; `tailer` calls it off the event loop. Owns the set of open files, whose read offsets run ahead of
+the checkpoint's positions. What stands on the disk is `listing`, what a file holds `content`, what is known of the
+others `known`. Never parses a line and never decides what is settled.
 
-A file is known by device and inode, and its content by its samples (see `followed`). Content that no longer matches is
-other content: it gets a new record and is read from its beginning, while what was read of the old one settles under
-the old record.
+A file is known by device and inode, and its content by its samples. Content that no longer matches is other content:
+it gets a new record and is read from its beginning, while what was read of the old one settles under the old record.
 """
 
-import fnmatch
+import errno
 import glob
 import logging
 import os
-import stat
-import time
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
+from metershipper.archive import Damaged
 from metershipper.config import FileInput
-from metershipper.followed import (
-    MAX_LINE_BYTES,
-    TAIL_BYTES,
-    Block,
-    FollowedFile,
-    end_of_lines,
-    holds,
-    is_copy,
-    read_head,
-)
-from metershipper.lines import COMPRESSED_SUFFIXES, is_rotated_name
-from metershipper.records import Identity, NewFile, Sample, StoredFile
+from metershipper.content import Content, end_of_lines, open_content
+from metershipper.followed import Block, FollowedFile
+from metershipper.known import KnownFiles, Registry, stamp_of
+from metershipper.lines import MAX_LINE_BYTES
+from metershipper.listing import Found, Listing
+from metershipper.records import Identity, Lost, NewFile, Sample, StoredFile
+from metershipper.rotation import is_compressed_name
 
 log = logging.getLogger("metershipper.tailer")
 
 # Kong's file-log keeps writing to a renamed file until it reopens it (`reopen` is false by default), so a rotated
 # file is let go only after it was quiet for this long, and looked for again as long as it can be found.
 ROTATED_IDLE_SECONDS = 300.0
-# A directory whose listing did not change is listed again after this, for a released file that grew after all.
-LISTING_SECONDS = 30.0
+# A rotated file that was read to its end, and is quiet for this long, is taken for complete as far as gaps go.
+QUIET_SECONDS = 2.0
+# What is written to a rotated file this long after its rotation comes from a Kong that did not reopen its log.
+REOPENED_WITHIN_SECONDS = 5.0
+# A file that shrank but begins as before is waited for: a network file system's size may be stale (acregmax is 60 s).
+STALE_SIZE_SECONDS = 60.0
 _HISTORY = "rotated before its log was first followed, so it is not read; to bill it too, list it as an input"
-FRESH_SECONDS = 2.0
-
-
-class Registry(Protocol):
-    """What is durable about files; the checkpoint's part for this module."""
-
-    def files(self) -> list[StoredFile]: ...
-    def inputs(self) -> set[str]: ...
-    def register(self, files: Sequence[NewFile], inputs: Iterable[str] = ()) -> list[int]: ...
-    def update(self, file: StoredFile) -> None: ...
-
-
-@dataclass(slots=True)
-class _Found:
-    """A file seen in a directory, not yet followed. `lineage`: the path of the log that it is part of.
-
-    Not `named`: it has the inode of a part of that log, but a name that rotation does not give.
-    """
-
-    path: str
-    lineage: str
-    status: os.stat_result
-    from_end: bool = False
-    named: bool = True
-
-    @property
-    def identity(self) -> Identity:
-        return self.status.st_dev, self.status.st_ino
+_STILL_WRITTEN = (
+    "%s: Kong still writes to the file that was rotated away. Everything is read, but the new file stays empty and the "
+    "old one keeps its disk space: set reopen = true in Kong's file-log plugin (its default is false)"
+)
 
 
 @dataclass(slots=True)
 class _Opened:
-    """A file descriptor that is closed again unless it is `kept`."""
+    """Content that is closed again unless it is `kept`."""
 
-    fd: int
+    content: Content
     kept: bool = False
+
+
+Logs = Mapping[Identity, Found]
 
 
 @dataclass(slots=True)
 class FileSet:
-    """All followed files of all inputs. `clock` is monotonic, in seconds."""
+    """All followed files of all inputs. `clock` is monotonic, in seconds. Methods may be called from any thread."""
 
     inputs: Sequence[FileInput]
     registry: Registry
     clock: Callable[[], float]
-    rotated_idle_seconds: float = ROTATED_IDLE_SECONDS
     max_line_bytes: int = MAX_LINE_BYTES
-    _lineages: dict[str, list[FollowedFile]] = field(default_factory=dict)  # oldest file first
-    _records: dict[Identity, StoredFile] = field(default_factory=dict)  # of files that are not open
-    _superseded: list[StoredFile] = field(default_factory=list)  # of content that is not where it was read
-    _known_inputs: set[str] = field(default_factory=set)
-    _listed: dict[str, tuple[int, float]] = field(default_factory=dict)  # directory: its mtime, when it was listed
-    _complaints: dict[str, str] = field(default_factory=dict)
+    rotated_idle_seconds: float = ROTATED_IDLE_SECONDS
+    _listing: Listing = field(init=False)
+    _known: KnownFiles = field(init=False)
+    _lineages: dict[str, list[FollowedFile]] = field(default_factory=dict)  # by log, oldest file first
+    _warned: set[str] = field(default_factory=set)  # logs whose rotated file is still written
     _rests: deque[Block] = field(default_factory=deque)
     _turn: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self._listing = Listing(self.inputs, self.clock)
+        self._known = KnownFiles(self.inputs, self.registry, self.clock)
 
     def load(self) -> None:
         """Read what is durable. Call once, before `scan`."""
-        for file in self.registry.files():
-            if file.device is None or file.inode is None:
-                self._superseded.append(file)
-            else:
-                self._records[file.device, file.inode] = file
-        self._known_inputs = self.registry.inputs()
+        self._known.load()
 
     def followed(self) -> list[FollowedFile]:
         """The open files."""
         return [file for files in self._lineages.values() for file in files]
 
     def close(self) -> None:
-        """Let all files go."""
-        for file in self.followed():
-            file.close()
-        self._lineages.clear()
+        """Let all files go, once nobody reads them."""
+        with self._lock:
+            for file in self.followed():
+                file.content.close()
+            self._lineages.clear()
 
     def directories(self) -> set[str]:
         """Existing directories in which a followed log changes, or a configured one may appear."""
-        parents = {os.path.dirname(path) for path in self._lineages}
-        parents |= {os.path.dirname(entry.path) for entry in self.inputs if not glob.has_magic(entry.path)}
-        return {parent or "." for parent in parents if os.path.isdir(parent or ".")}
+        parents = {os.path.dirname(path) or "." for path in (*self._lineages, *(entry.path for entry in self.inputs))}
+        return {parent for parent in parents if os.path.isdir(parent)}
 
     # Reading
 
     def next_block(self) -> Block | None:
         """Whole lines of the next file that has some, the files in turn, of each log the oldest file first."""
-        if self._rests:
-            return self._rests.popleft()
-        lineages = list(self._lineages.values())
-        for step in range(len(lineages)):
-            turn = (self._turn + step) % len(lineages)
-            for file in lineages[turn]:
-                block = self._read(file)
-                if block is not None:
-                    self._turn = turn + 1
-                    return block
-        return None
+        with self._lock:
+            if self._rests:
+                return self._rests.popleft()
+            lineages = list(self._lineages.values())
+            for step in range(len(lineages)):
+                turn = (self._turn + step) % len(lineages)
+                for file in list(lineages[turn]):
+                    block = self._read(file)
+                    if block is not None:
+                        self._turn = turn + 1
+                        return block
+            return None
 
     def _read(self, file: FollowedFile) -> Block | None:
-        unread = file.unread_bytes()
+        size = file.size_seen
         try:
             if file.was_replaced():
+                if file.shrank() and not self._waited_for_size(file):
+                    return None
                 self._begin_again(file)
+            file.shrunk_at = None
             if not file.head.length:
                 self._identify(file)
             block = file.read_block(self.max_line_bytes)
         except OSError as error:
-            self._complain(file.path, f"can't be read: {error.strerror}; trying again")
+            self._listing.complain(file.path, f"can't be read: {error.strerror}; trying again")
+            if error.errno == errno.ESTALE:  # of a network file system: the next look opens it by its name
+                self._let_go(file)
             return None
-        if block is not None or file.unread_bytes() != unread:
+        except Damaged as damaged:
+            self._give_up(file, damaged)
+            return None
+        if block is not None or file.size_seen != size:
             file.active_at = self.clock()
+            if file.came_to_rest and file.path not in self._warned:
+                self._warned.add(file.path)
+                log.warning(_STILL_WRITTEN, file.path)
         return block
+
+    def _waited_for_size(self, file: FollowedFile) -> bool:
+        """Whether a file that shrank was given time enough to show that its size was only stale."""
+        if file.shrunk_at is None:
+            file.shrunk_at = self.clock()
+            log.warning("%s: shorter than what was read of it, but it begins as before; waiting", file.path)
+        return self.clock() - file.shrunk_at >= STALE_SIZE_SECONDS
 
     def _identify(self, file: FollowedFile) -> None:
         """Record the head once it is there. Before the lines are read: if this fails, nothing was stepped over."""
-        head = read_head(file.fd)
+        head = file.content.head()
         if head.length:
             self.registry.update(replace(file.record(), head=head))
             file.head = head
 
     def _begin_again(self, file: FollowedFile) -> None:
-        """The file holds other content now: that gets a record of its own and is read from its beginning."""
-        unread = file.unread_bytes()
+        """The file holds other content now. What was read of the old one settles under its old record."""
+        unread = file.size_seen - file.offset
         lost = f", {unread} bytes before they were read" if unread else ""
         log.warning("%s: truncated at byte %d%s; reading its new content", file.path, file.offset, lost)
-        head, old = read_head(file.fd), file.record()
+        head, old = file.content.head(), replace(file.record(), seen_bytes=file.size_seen)
+        self.registry.update(old)
         new = NewFile(file.path, *file.identity, head, supersedes=file.file_id)
         (file.file_id,) = self.registry.register([new])
-        self._superseded.append(replace(old, device=None, inode=None))
-        self._listed.clear()  # what was not read may be in a copy that was made before the file was truncated
+        self._known.supersede(old)
+        self._listing.look_again()  # what was not read may be in a copy that was made before the file was truncated
         file.start_at(0, head)
 
-    # Finding
+    def _give_up(self, file: FollowedFile, damaged: Damaged) -> None:
+        """A compressed file does not unpack any further. Should it change, it is tried again."""
+        log.error("%s: damaged (%s) behind byte %d of its content", file.found_at, damaged, file.offset)
+        self._known.losses.report(replace(file.record(), path=file.found_at), Lost.DAMAGED)
+        if file.stamp is not None:
+            self._known.pass_over(file.identity, file.stamp)
+        self._let_go(file)
+
+    def _let_go(self, file: FollowedFile, *, watched_to_end: bool = False) -> None:
+        self._known.let_go(file, watched_to_end=watched_to_end)
+        self._remove(file)
+        file.content.close()
+
+    # Looking around
 
     def scan(self) -> None:
         """Look for new, renamed, rotated and released files; open what holds something to read."""
-        current = self._find_current()
-        self._notice_renames(current)
-        for found in self._find_rotated(current):
-            self._open_rotated(found, current)
-        followed = {file.identity for file in self.followed()}
-        for identity, found in current.items():
-            if identity not in followed:
-                self._open_current(found, current)
-        new_inputs = [entry.path for entry in self.inputs if entry.path not in self._known_inputs]
-        if new_inputs:
-            self.registry.register([], new_inputs)
-            self._known_inputs.update(new_inputs)
-        self._release_quiet()
+        with self._lock:
+            self._listing.failed = False
+            logs, compressed = self._listing.logs(self._known.known_inputs)
+            self._notice_renames(logs)
+            self._recognise(logs)
+            parts = self._listing.beside(self._logs_to_look_for(logs), self._known.log_of)
+            self._open_parts(parts, compressed, logs)
+            self._open_logs(logs)
+            self._known.remember_inputs(complete=not self._listing.failed)
+            self._note_ends()
+            if not self._listing.failed:
+                if parts or self._known.losses.is_waiting:
+                    self._known.judge(logs)
+                self._known.forget({file.file_id for file in self.followed()})
 
-    def _find_current(self) -> dict[Identity, _Found]:
-        """The regular files that the configured paths name now."""
-        current: dict[Identity, _Found] = {}
-        for entry in self.inputs:
-            from_end = entry.read_from == "end" and entry.path not in self._known_inputs
-            paths = sorted(glob.glob(entry.path, recursive=True)) if glob.has_magic(entry.path) else [entry.path]
-            if not any(map(os.path.lexists, paths)):
-                self._complain(entry.path, "no such file yet; it is followed as soon as it appears")
-            for path in paths:
-                status = self._regular(path)
-                if status is not None and path.endswith(COMPRESSED_SUFFIXES):
-                    self._complain(path, "compressed, so it is not followed")
-                elif status is not None:
-                    current.setdefault((status.st_dev, status.st_ino), _Found(path, path, status, from_end))
-        return current
-
-    def _regular(self, path: str) -> os.stat_result | None:
-        try:
-            path.encode()
-            status = os.stat(path)
-        except FileNotFoundError:
-            return None
-        except UnicodeEncodeError:
-            self._complain(path, "the name is not UTF-8, so it is not followed")
-            return None
-        except OSError as error:
-            self._complain(path, f"can't be looked at: {error.strerror}; trying again")
-            return None
-        if stat.S_ISREG(status.st_mode):
-            return status
-        if not stat.S_ISDIR(status.st_mode) or any(path == entry.path for entry in self.inputs):
-            self._complain(path, "not a regular file, so it is not followed")
-        return None
-
-    def _notice_renames(self, current: dict[Identity, _Found]) -> None:
+    def _notice_renames(self, logs: Logs) -> None:
         for file in self.followed():
-            found = current.get(file.identity)
+            found = logs.get(file.identity)
             if found is None and not file.rotated:
-                file.rotated, file.active_at = True, self.clock()
-                log.info("%s: rotated away; its rest is read first, from byte %d", file.path, file.offset)
-            elif found is not None:
-                file.rotated = False
-                if found.path != file.path:
-                    file.path = found.path
-                    self.registry.update(file.record())
+                file.rotated, file.rotated_at, file.active_at = True, self.clock(), self.clock()
+                gone = "deleted" if os.fstat(file.content.fd).st_nlink == 0 else "rotated away"
+                log.info("%s: %s; its rest is read first, from byte %d", file.path, gone, file.offset)
+            elif found is not None and (file.rotated or file.path != found.log):
+                self.registry.update(replace(file.record(), path=found.log, seen_bytes=None))
+                self._remove(file)
+                file.path, file.rotated, file.came_to_rest, file.seen_bytes = found.log, False, False, None
+                self._add(file)
 
-    def _find_rotated(self, current: dict[Identity, _Found]) -> list[_Found]:
-        """Rotated parts of the followed logs that are not open, oldest first."""
-        lineages = {found.path for found in current.values()} | set(self._lineages)
-        lineages |= {entry.path for entry in self.inputs if not glob.has_magic(entry.path)}
-        lineages |= {record.path for record in self._records.values() if self._is_input(record.path)}
-        by_directory: dict[str, set[str]] = {}
-        for path in lineages:
-            by_directory.setdefault(os.path.dirname(path) or ".", set()).add(path)
-        skipped = set(current) | {file.identity for file in self.followed()}
-        rotated: list[_Found] = []
-        for directory, paths in by_directory.items():
-            for candidate in self._changed_listing(directory):
-                status = self._regular(candidate.path)
-                if status is None or (status.st_dev, status.st_ino) in skipped:
-                    continue
-                named = _lineage_of(candidate.name, paths)
-                record = self._records.get((status.st_dev, status.st_ino))
-                if named is not None:
-                    rotated.append(_Found(candidate.path, named, status))
-                elif record is not None and record.path in paths:
-                    rotated.append(_Found(candidate.path, record.path, status, named=False))
-        return sorted(rotated, key=lambda found: found.status.st_mtime_ns)
+    def _recognise(self, logs: Logs) -> None:
+        """Know a log again whose path changed: what was rotated beside it is no history."""
+        followed = {file.identity for file in self.followed()}
+        for identity, found in logs.items():
+            if self._known.is_known(found) or identity in followed:
+                continue
+            with self._opened(found) as opened:
+                head = opened.content.head() if opened is not None else Sample()
+                if head.length and any(record.head == head for record in self._known.records()):
+                    self._known.known_logs[found.log] = found.input
 
-    def _is_input(self, path: str) -> bool:
-        return any(fnmatch.fnmatchcase(path, entry.path) for entry in self.inputs)
+    def _logs_to_look_for(self, logs: Logs) -> dict[str, str]:
+        """The logs whose rotated parts are of interest, and the inputs that name them."""
+        wanted = {path: named_by for path, named_by in self._known.known_logs.items() if named_by is not None}
+        wanted |= {entry.path: entry.path for entry in self.inputs if not glob.has_magic(entry.path)}
+        return wanted | {found.log: found.input for found in logs.values()}
 
-    def _changed_listing(self, directory: str) -> list["os.DirEntry[str]"]:
-        """The directory's files, or nothing when it is unchanged since a recent listing."""
-        now = self.clock()
-        try:
-            changed = os.stat(directory).st_mtime_ns
-            mtime, listed_at = self._listed.get(directory, (-1, 0.0))
-            if changed == mtime and now - listed_at < LISTING_SECONDS:
-                return []
-            # Within one tick of its clock a directory can change again unseen, so a fresh listing is not relied on.
-            fresh = abs(time.time() - changed / 1e9) < FRESH_SECONDS
-            self._listed[directory] = (-1 if fresh else changed, now)
-            with os.scandir(directory) as entries:
-                return [entry for entry in entries if entry.is_file(follow_symlinks=False)]
-        except OSError as error:
-            if not isinstance(error, FileNotFoundError):
-                self._complain(directory, f"can't be listed: {error.strerror}; trying again")
-            return []
+    def _open_parts(self, parts: Mapping[str, list[Found]], compressed: Iterable[Found], logs: Logs) -> None:
+        """Open what is rotated and holds more to read: the oldest first, a file before what it was compressed to."""
+        found = {part.identity: part for directory in parts.values() for part in directory}
+        found |= {part.identity: part for part in compressed if part.directory in parts}
+        self._known.listed(parts)
+        followed = {file.identity: file.file_id for file in self.followed()}
+        for part in sorted(found.values(), key=_by_age):
+            if part.identity in followed:
+                self._known.mark_present(part, followed[part.identity])
+            elif part.identity not in logs and not self._known.is_settled(part, followed.values()):
+                self._open(part, logs, self._place_part)
+
+    def _open_logs(self, logs: Logs) -> None:
+        followed = {file.identity: file.file_id for file in self.followed()}
+        for identity, found in logs.items():
+            if identity not in followed and not (found.whole and self._known.is_settled(found, followed.values())):
+                self._open(found, logs, self._place_log)
 
     # Opening
 
-    def _open_rotated(self, found: _Found, current: dict[Identity, _Found]) -> None:
+    def _open(self, found: Found, logs: Logs, place: "Callable[[_Opened, Found, Logs], None]") -> None:
         with self._opened(found) as opened:
             if opened is not None:
-                self._place_rotated(opened, found, current)
+                place(opened, found, logs)
 
-    def _place_rotated(self, opened: _Opened, found: _Found, current: dict[Identity, _Found]) -> None:
-        fd, size = opened.fd, os.fstat(opened.fd).st_size
-        record = self._records.get(found.identity)
-        head = read_head(fd)
-        known = record if record is not None and holds(fd, record) else self._moved(fd, head, current)
-        if known is not None:
-            if size > known.position:
-                self._resume(opened, found, known, rotated=True)
-        elif not size or not found.named:
+    @contextmanager
+    def _opened(self, found: Found) -> Iterator[_Opened | None]:
+        """The file's content; None when it can't be opened. It is closed again unless it was kept."""
+        try:
+            fd = os.open(found.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            self._listing.complain(found.path, f"can't be opened: {error.strerror}; trying again")
+            yield None
             return
-        elif found.lineage not in self._known_inputs and all(
-            known.path != found.lineage for known in self._all_records()
-        ):
+        opened = None
+        try:
+            opened = self._content_of(fd, found)
+            yield opened
+            if opened is not None:
+                self._listing.forgive(found.path)
+        except OSError as error:
+            self._listing.complain(found.path, f"can't be read: {error.strerror}; trying again")
+        finally:
+            if opened is None or not opened.kept:
+                os.close(fd)
+
+    def _content_of(self, fd: int, found: Found) -> _Opened | None:
+        try:
+            # Another file may have the name by now: the next scan sees it as what it is.
+            if not os.path.samestat(os.fstat(fd), found.status):
+                return None
+            return _Opened(open_content(fd))
+        except OSError as error:
+            self._listing.complain(found.path, f"can't be read: {error.strerror}; trying again")
+            return None
+
+    def _place_part(self, opened: _Opened, found: Found, logs: Logs) -> None:
+        content = opened.content
+        record, head = self._known.at(found.identity), content.head()
+        watched = self._known.watched(content, head)
+        if watched is not None:
+            self._known.complete(found, content, watched)
+            return
+        known = record if record is not None and content.holds(record) else self._moved(content, head, logs)
+        if known is None:
+            self._place_unseen(opened, found, head)
+        elif content.has_more_than(known.position) and not (known.history and content.compressed):
+            self._resume(opened, found, known, rotated=True)
+        else:
+            self._known.complete(found, content, known)
+
+    def _place_unseen(self, opened: _Opened, found: Found, head: Sample) -> None:
+        if not found.status.st_size or not found.named:
+            return
+        content = opened.content
+        if not self._known.is_known(found) and not found.listed:
             # There before its log was ever looked for: whether it was billed before, nobody here knows.
             log.warning("%s: %s", found.path, _HISTORY)
-            self._record(NewFile(found.path, *found.identity, head, size, history=True))
-        elif head.length and any(is_copy(fd, size, head, known) for known in self._all_records()):
+            size = 0 if content.compressed else found.status.st_size
+            self._known.record(replace(_new(found, content, head, size), path=found.path, history=True))
+        elif (copied := self._known.copied(content, head, self.followed())) is not None:
             log.info("%s: a copy of content that is followed already; it is not read", found.path)
+            self._known.pass_over(found.identity, stamp_of(found), copied.file_id)
+        elif found.beneath and not self._known.holds_parts(found.directory):
+            self._listing.complain(found.path, f"may be a part of {found.log}; it is not read", failed=False)
         else:
             log.info("%s: rotated before it was seen; reading it from its beginning", found.path)
-            self._follow_new(opened, found, NewFile(found.lineage, *found.identity, head), rotated=True)
+            self._follow_new(opened, found, _new(found, content, head, 0), rotated=True)
 
-    def _open_current(self, found: _Found, current: dict[Identity, _Found]) -> None:
-        with self._opened(found) as opened:
-            if opened is not None:
-                self._place_current(opened, found, current)
-
-    def _place_current(self, opened: _Opened, found: _Found, current: dict[Identity, _Found]) -> None:
-        fd = opened.fd
-        record = self._records.get(found.identity)
-        listed = record is not None and record.history  # passed over so far, and an input of its own now
-        if record is not None and not listed and holds(fd, record):
+    def _place_log(self, opened: _Opened, found: Found, logs: Logs) -> None:
+        content, record = opened.content, self._known.at(found.identity)
+        if content.compressed:
+            self._listing.complain(found.path, "compressed, so it is not followed", failed=False)
+            return
+        passed_over = record is not None and record.history  # so far, and an input of its own now
+        if record is not None and not passed_over and content.holds(record):
             self._resume(opened, found, record)
             return
-        head = read_head(fd)
-        moved = None if record else self._moved(fd, head, current)
+        head = content.head()
+        moved = None if record else self._moved(content, head, logs)
         if moved is not None:
             self._resume(opened, found, moved)
             return
-        if record is not None and not listed:
+        if self._take_over(opened, found, head):
+            return
+        copied = self._known.copied(content, head, self.followed()) if found.whole is not None else None
+        if copied is not None:
+            self._known.pass_over(found.identity, stamp_of(found), copied.file_id)
+            return
+        if record is not None and not passed_over:
             log.warning("%s: holds other content than when it was last read; reading it from its beginning", found.path)
-        position = end_of_lines(fd) if found.from_end else 0
-        self._follow_new(opened, found, NewFile(found.path, *found.identity, head, position))
+        position = end_of_lines(content) if found.from_end and not self._known.starts_over else 0
+        self._follow_new(opened, found, _new(found, content, head, position))
 
-    def _moved(self, fd: int, head: Sample, current: dict[Identity, _Found]) -> StoredFile | None:
-        """The record of this very content, which was read under another device or inode.
+    def _take_over(self, opened: _Opened, found: Found, head: Sample) -> bool:
+        """Go on in a new file with the content of one that is open and lost its name: a remount, or a rewrite."""
+        for file in self._lineages.get(found.log, ()):
+            if file.rotated and head.length and file.head == head and opened.content.holds(file.record()):
+                log.info("%s: the same content in another file; following that from byte %d", found.path, file.offset)
+                device, inode = found.identity
+                self.registry.update(replace(file.record(), device=device, inode=inode, seen_bytes=None))
+                file.content.close()
+                file.go_on_in(opened.content)
+                opened.kept = True
+                return True
+        return False
 
-        A remount, a restored volume, or a copy that was made before the log was truncated.
-        """
-        records = [record for record in (*self._records.values(), *self._superseded) if record.head == head]
-        moved = [record for record in records if holds(fd, record) and not self._in_place(record, current)]
-        return max(moved, key=lambda record: record.position, default=None) if head.length else None
+    def _moved(self, content: Content, head: Sample, logs: Logs) -> StoredFile | None:
+        return self._known.moved(content, head, lambda record: self._is_in_place(record, logs))
 
-    def _in_place(self, record: StoredFile, current: dict[Identity, _Found]) -> bool:
-        found = current.get((record.device or 0, record.inode or 0))
+    def _is_in_place(self, record: StoredFile, logs: Logs) -> bool:
+        """Whether the log that was read is still there, so that another file can only be a copy of it."""
+        found = logs.get(record.identity) if record.identity is not None else None
         if found is None:
             return False
         in_place = True
         with self._opened(found) as opened:
-            in_place = opened is None or holds(opened.fd, record)
+            in_place = opened is None or opened.content.holds(record)
         return in_place
 
-    @contextmanager
-    def _opened(self, found: _Found) -> Iterator[_Opened | None]:
-        """The file, opened; None when it can't be. It is closed again unless it was kept."""
-        try:
-            opened = _Opened(os.open(found.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
-        except OSError as error:
-            self._complain(found.path, f"can't be opened: {error.strerror}; trying again")
-            yield None
-            return
-        try:
-            # Another file has the name by now: the next scan sees it as what it is.
-            yield opened if os.path.samestat(os.fstat(opened.fd), found.status) else None
-            self._complaints.pop(found.path, None)
-        except OSError as error:
-            self._complain(found.path, f"can't be read: {error.strerror}; trying again")
-        finally:
-            if not opened.kept:
-                os.close(opened.fd)
-
-    def _resume(self, opened: _Opened, found: _Found, record: StoredFile, *, rotated: bool = False) -> None:
+    def _resume(self, opened: _Opened, found: Found, record: StoredFile, *, rotated: bool = False) -> None:
         log.info("%s: following from byte %d", found.path, record.position)
-        status = os.fstat(opened.fd)
-        identity = status.st_dev, status.st_ino
-        if (record.path, record.device, record.inode) != (found.lineage, *identity):
-            device, inode = identity
-            self.registry.update(replace(record, path=found.lineage, device=device, inode=inode, history=False))
-        tail = os.pread(opened.fd, record.tail.length, record.position - record.tail.length)
-        self._follow(
-            opened,
-            FollowedFile(
-                record.file_id, found.lineage, opened.fd, identity, record.position, tail, record.head, rotated
-            ),
-        )
-        self._records.pop((record.device or 0, record.inode or 0), None)
-        self._superseded = [known for known in self._superseded if known.file_id != record.file_id]
+        tail = opened.content.tail(record.position)
+        self._known.resume(found, opened.content, record)
+        file = FollowedFile(record.file_id, found.log, opened.content, record.position, tail, record.head, rotated)
+        file.seen_bytes = record.seen_bytes
+        self._follow(opened, found, file)
 
-    def _follow_new(self, opened: _Opened, found: _Found, new: NewFile, *, rotated: bool = False) -> None:
+    def _follow_new(self, opened: _Opened, found: Found, new: NewFile, *, rotated: bool = False) -> None:
         log.info("%s: following from byte %d", found.path, new.position)
-        file_id = self._record(new).file_id
-        del self._records[found.identity]
-        tail = os.pread(opened.fd, min(TAIL_BYTES, new.position), max(0, new.position - TAIL_BYTES))
-        file = FollowedFile(file_id, new.path, opened.fd, found.identity, new.position, tail, new.head, rotated)
-        self._follow(opened, file)
+        tail = opened.content.tail(new.position)
+        record = self._known.record(new)
+        self._known.taken(record)
+        file = FollowedFile(record.file_id, found.log, opened.content, new.position, tail, new.head, rotated)
+        self._follow(opened, found, file)
 
-    def _follow(self, opened: _Opened, file: FollowedFile) -> None:
+    def _follow(self, opened: _Opened, found: Found, file: FollowedFile) -> None:
         opened.kept = True
-        file.active_at = self.clock()
+        file.active_at = file.rotated_at = self.clock()
+        file.found_at, file.stamp = found.path, stamp_of(found)
+        self._known.known_logs[found.log] = found.input
+        self._known.mark_present(found, file.file_id)
+        self._add(file)
+
+    def _add(self, file: FollowedFile) -> None:
         files = self._lineages.setdefault(file.path, [])
         files.insert(sum(known.rotated for known in files) if file.rotated else len(files), file)
 
-    def _record(self, new: NewFile) -> StoredFile:
-        old = self._records.get((new.device, new.inode))
-        (file_id,) = self.registry.register([replace(new, supersedes=old.file_id if old else None)])
-        if old is not None:
-            self._superseded.append(replace(old, device=None, inode=None))
-        place = new.path, new.device, new.inode
-        record = StoredFile(file_id, *place, new.head, Sample(), new.position, new.history)
-        self._records[new.device, new.inode] = record
-        return record
-
-    def _all_records(self) -> list[StoredFile]:
-        return [*self._records.values(), *(file.record() for file in self.followed())]
+    def _remove(self, file: FollowedFile) -> None:
+        self._lineages[file.path].remove(file)
+        if not self._lineages[file.path]:
+            del self._lineages[file.path]
 
     # Letting go
 
-    def _release_quiet(self) -> None:
-        """Let rotated files go that were read to their end and are quiet; `_find_rotated` finds them if they grow."""
+    def _note_ends(self) -> None:
+        """Note which rotated files are read to their end, and let those go that were quiet for long enough."""
         now = self.clock()
-        for lineage, files in list(self._lineages.items()):
-            for file in list(files):
-                if file.rotated and now - file.active_at > self.rotated_idle_seconds and self._release(file):
-                    files.remove(file)
-            if not files:
-                del self._lineages[lineage]
+        for file in self.followed():
+            try:
+                if not file.rotated or not file.is_read or file.grew():
+                    continue
+            except OSError as error:
+                self._listing.complain(file.path, f"can't be read: {error.strerror}; trying again")
+                continue
+            file.came_to_rest |= now - file.rotated_at >= REOPENED_WITHIN_SECONDS and not file.content.compressed
+            if file.content.compressed or now - file.active_at > self.rotated_idle_seconds:
+                self._release(file)
+            elif now - file.active_at >= QUIET_SECONDS and file.seen_bytes != file.size_seen:
+                self.registry.update(replace(file.record(), seen_bytes=file.size_seen))
+                file.seen_bytes = file.size_seen
 
-    def _release(self, file: FollowedFile) -> bool:
+    def _release(self, file: FollowedFile) -> None:
+        """Let a file go that will not grow any more; should it grow after all, it is found again."""
         try:
-            if file.has_unread_lines():
-                return False
+            # First: what is written from here on makes it differ.
+            stamp = file.stamp if file.content.compressed else file.content.stamp()
             rest = file.read_rest(self.max_line_bytes)
         except OSError as error:
-            self._complain(file.path, f"can't be read: {error.strerror}; trying again")
-            return False
+            self._listing.complain(file.path, f"can't be read: {error.strerror}; trying again")
+            return
         if rest is not None:
             self._rests.append(rest)
-        self._records[file.identity] = file.record()
-        file.close()
-        return True
-
-    def _complain(self, path: str, problem: str) -> None:
-        """Log a problem of a path once, and again only when it changes."""
-        if self._complaints.get(path) != problem:
-            self._complaints[path] = problem
-            log.warning("%s: %s", path, problem)
+        file.seen_bytes, file.stamp = file.offset, stamp
+        self.registry.update(file.record())
+        self._let_go(file, watched_to_end=True)
 
 
-def _lineage_of(name: str, paths: set[str]) -> str | None:
-    """Which of the logs at `paths` rotation gave this name; the longest, as usage-1.log.1 is not of usage.log."""
-    by_length = sorted(paths, key=lambda path: (-len(path), path))
-    return next((path for path in by_length if is_rotated_name(name, os.path.basename(path))), None)
+def _new(found: Found, content: Content, head: Sample, position: int) -> NewFile:
+    return NewFile(found.log, *found.identity, head, position, compressed=content.compressed)
+
+
+def _by_age(part: Found) -> tuple[int, bool]:
+    return part.status.st_mtime_ns, is_compressed_name(part.path)

@@ -10,10 +10,11 @@ from typing import BinaryIO, NamedTuple, Protocol, cast
 import msgspec
 
 from metershipper.books import DEAD_LETTERS, SKIPPED, Books, Count
+from metershipper.content import BLOCK_BYTES
 from metershipper.errors import MeterShipperError, UsageError
 from metershipper.events import DeadLetter, Mapped
-from metershipper.followed import BLOCK_BYTES, KEPT_OF_OVERLONG_LINE_BYTES, MAX_LINE_BYTES
-from metershipper.lines import whole_lines
+from metershipper.followed import KEPT_OF_OVERLONG_LINE_BYTES
+from metershipper.lines import MAX_LINE_BYTES, whole_lines
 from metershipper.mapper import Mapper, overlong_line
 from metershipper.metering import Metering
 

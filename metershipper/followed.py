@@ -1,159 +1,226 @@
-"""One open log file: reading it in large blocks of whole lines, and knowing its content again.
+"""One followed file: its lines in large blocks of whole lines, and how far they were read.
 
-Blocks while it reads; `tailer` calls it off the event loop. Content is known by two samples: the first line (head) and
-the bytes just before the offset (tail). A rename changes neither. Never parses a line, never looks for files.
+Blocks while it reads; `tailer` calls it off the event loop. What the file holds is `content`. Never parses a line,
+never looks for files. Memory is bounded whatever a line's length: one above the limit is stepped over and described,
+and so are NULs, which a crash of the writer's machine or a sparse file leave.
 """
 
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from typing import Any
 
-from metershipper.lines import first_line, whole_lines
-from metershipper.records import Identity, Sample, StoredFile
+from metershipper.archive import Damaged
+from metershipper.content import BLOCK_BYTES, TAIL_BYTES, Content
+from metershipper.lines import whole_lines
+from metershipper.records import Identity, Sample, Stamp, StoredFile
 
-BLOCK_BYTES = 1024 * 1024
-MAX_LINE_BYTES = 16 * 1024 * 1024
-# A first line longer than this is sampled up to here: entries of one route look alike for a few kilobytes.
-HEAD_BYTES = 16 * 1024
-TAIL_BYTES = 256
 KEPT_OF_OVERLONG_LINE_BYTES = 4096
+# NULs within a line, and this many of them: what stands before is torn and will never be completed.
+_NUL_RUN = bytes(4096)
+# Above this there is no sense in asking for more at once.
+_GROWTH = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Overlong:
+    """A line above the limit: its length in bytes and its hash, without its newline. Its beginning is the block's."""
+
+    length: int
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Whole lines of one file. When `overlong`, one line that is too long: `data` is its beginning only."""
+    """Whole lines of one file; the last one may lack its newline where nothing more will come.
+
+    When `overlong`, `data` is the beginning of that one line. When `nul_bytes`, there are no lines, but that many NULs.
+    """
 
     file_id: int
     start_offset: int
     end_offset: int
     data: bytes
     tail: bytes
-    overlong: bool = False
+    overlong: Overlong | None = None
+    nul_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Skimmed:
+    """A line above the limit, as far as it was read: its end is not found yet."""
+
+    head: bytes = b""
+    length: int = 0
+    digest: Any = field(default_factory=sha256)
+
+    def add(self, data: bytes) -> None:
+        self.head = self.head or data[:KEPT_OF_OVERLONG_LINE_BYTES]
+        self.length += len(data)
+        self.digest.update(data)
+
+    def ended(self) -> Overlong:
+        return Overlong(self.length, self.digest.hexdigest())
 
 
 @dataclass(slots=True, eq=False)
 class FollowedFile:
-    """One open file. `offset` is where the next line begins, in bytes."""
+    """One open file. `path`: of the log that it is a part of. `offset`: where the next line begins, in bytes.
+
+    Times are those of a monotonic clock, in seconds. `came_to_rest`: it was rotated, and for a while nothing was
+    written to it. `found_at`, `stamp`: its path and what it was when it was opened.
+    """
 
     file_id: int
     path: str
-    fd: int
-    identity: Identity
+    content: Content
     offset: int
     tail: bytes
     head: Sample
     rotated: bool = False
+    rotated_at: float = 0.0
     active_at: float = 0.0
-    _seen: tuple[int, int] = (-1, -1)  # size and mtime when there was nothing more to read
-    _searched: int = 0  # of an overlong line: how far its end was looked for
+    shrunk_at: float | None = None
+    came_to_rest: bool = False
+    found_at: str = ""
+    stamp: Stamp | None = None
+    seen_bytes: int | None = None  # see `StoredFile`
+    _seen: tuple[int, int] = (-1, -1)  # the content's state when there was nothing more to read
+    _skimmed: _Skimmed | None = None
+
+    @property
+    def identity(self) -> Identity:
+        """Device and inode."""
+        return self.content.identity
+
+    # Reading
 
     def read_block(self, max_line_bytes: int) -> Block | None:
-        """The next whole lines; None at the end, also before an unfinished line. Check `was_replaced` first."""
-        size, mtime = self._stat()
-        if (size, mtime) == self._seen or size <= self.offset:
-            self._seen = (size, mtime)
+        """The next whole lines; None at the end, also before an unfinished line. Check `was_replaced` first.
+
+        Raises: OSError; Damaged behind the last line that could be unpacked.
+        """
+        state = self.content.state()
+        if self._skimmed is not None:
+            return self._step_over(self._skimmed)
+        if state == self._seen or state[0] <= self.offset:
+            self._seen = state
             return None
         wanted = BLOCK_BYTES
         while True:
-            data = os.pread(self.fd, wanted, self.offset)
+            data = self.content.pread(wanted, self.offset)
+            if data.startswith(b"\0") and (block := self._nuls(data, wanted)) is not None:
+                return block
             length = whole_lines(data)
             if length:
                 return self._advance(data[:length] if length < len(data) else data, length)
             if wanted >= max_line_bytes and len(data) == wanted:
-                return self._read_overlong(data[:KEPT_OF_OVERLONG_LINE_BYTES], wanted)
+                return self._begin_to_step_over(data)
             if len(data) < wanted:
-                self._seen = (size, mtime)
+                self._note_end()
                 return None
-            wanted = min(wanted * 4, max_line_bytes)
+            wanted = min(wanted * _GROWTH, max_line_bytes)
 
-    def has_unread_lines(self) -> bool:
-        """Whether the file grew since it was read to its end."""
-        return self._stat() != self._seen
+    def _note_end(self) -> None:
+        """There is nothing more to read for now. Raises Damaged where that is not the end."""
+        if self.content.damage is not None:
+            raise Damaged(self.content.damage)
+        self._seen = self.content.state()
+
+    def _nuls(self, data: bytes, wanted: int) -> Block | None:
+        """Step over NULs where a line should begin; not at the end of the file, where they may not stay."""
+        length = len(data) - len(data.lstrip(b"\0"))
+        if length == len(data) < wanted:
+            return None
+        return self._advance(b"", length, nul_bytes=length)
+
+    def _begin_to_step_over(self, data: bytes) -> Block | None:
+        torn = data.find(_NUL_RUN)
+        if torn > 0:
+            return self._advance(data[:torn], torn)
+        self._skimmed = _Skimmed()
+        self._skimmed.add(data)
+        return self._step_over(self._skimmed)
+
+    def _step_over(self, skimmed: _Skimmed) -> Block | None:
+        """Read a line that is too long to its end, in bounded memory; None while its end is not there yet."""
+        while data := self.content.pread(BLOCK_BYTES, self.offset + skimmed.length):
+            newline, torn = data.find(b"\n"), data.find(_NUL_RUN)
+            end = min((at for at in (newline, torn) if at >= 0), default=-1)
+            if end >= 0:
+                skimmed.add(data[:end])
+                return self._skip(skimmed, 1 if end == newline else 0)
+            skimmed.add(data)
+        self._note_end()
+        return None
+
+    def _skip(self, skimmed: _Skimmed, newline_bytes: int) -> Block:
+        return self._advance(skimmed.head, skimmed.length + newline_bytes, overlong=skimmed.ended())
 
     def read_rest(self, max_line_bytes: int) -> Block | None:
-        """An unfinished last line, of a file that will not grow any more."""
-        length = self._stat()[0] - self.offset
-        if length > max_line_bytes:
-            kept = os.pread(self.fd, KEPT_OF_OVERLONG_LINE_BYTES, self.offset)
-            return self._advance(kept, length, overlong=True)
-        data = os.pread(self.fd, max_line_bytes, self.offset)
+        """An unfinished last line, of a file that will not grow any more. Raises OSError."""
+        if self._skimmed is not None:
+            return self._skip(self._skimmed, 0)
+        data = self.content.pread(max_line_bytes, self.offset)
+        if data and not data.strip(b"\0"):
+            return self._advance(b"", len(data), nul_bytes=len(data))
         return self._advance(data, len(data)) if data else None
+
+    def _advance(self, data: bytes, length: int, *, overlong: Overlong | None = None, nul_bytes: int = 0) -> Block:
+        start, self.offset = self.offset, self.offset + length
+        self._skimmed = None
+        self.tail = self.content.tail(self.offset) if length > len(data) else data[-TAIL_BYTES:]
+        return Block(self.file_id, start, self.offset, data, self.tail, overlong, nul_bytes)
+
+    # What happened to the file
+
+    def shrank(self) -> bool:
+        """Whether the file is shorter than what was read of it, but still begins as it did.
+
+        A stale size, as a network file system may report for a while, or a truncation that kept the beginning.
+        """
+        size = self.content.state()[0]
+        return 0 < self.head.length <= size < self.offset and self._has_its_head()
+
+    def was_replaced(self) -> bool:
+        """Whether the file holds other content now: truncated, perhaps grown again. Raises OSError."""
+        state = self.content.state()
+        if state[0] < self.offset:
+            return True
+        if state == self._seen or self.content.compressed:
+            return False
+        if self.content.pread(len(self.tail), self.offset - len(self.tail)) != self.tail:
+            return True
+        return not self._has_its_head()
+
+    def _has_its_head(self) -> bool:
+        return Sample.of(self.content.pread(self.head.length, 0)) == self.head
 
     def start_at(self, offset: int, head: Sample) -> None:
         """Read on at `offset`, of content whose beginning is `head`."""
-        self.offset, self.head, self.tail, self._searched, self._seen = offset, head, b"", 0, (-1, -1)
+        self.offset, self.head, self.tail = offset, head, b""
+        self._skimmed, self._seen, self.seen_bytes = None, (-1, -1), None
 
-    def was_replaced(self) -> bool:
-        """Whether the file holds other content now: truncated, perhaps grown again."""
-        size, mtime = self._stat()
-        if size < self.offset:
-            return True
-        if (size, mtime) == self._seen:
-            return False
-        if os.pread(self.fd, len(self.tail), self.offset - len(self.tail)) != self.tail:
-            return True
-        return Sample.of(os.pread(self.fd, self.head.length, 0)) != self.head
+    def go_on_in(self, content: Content) -> None:
+        """Read on in another file that holds the same content."""
+        self.content, self.rotated, self.came_to_rest = content, False, False
+        self._skimmed, self._seen, self.seen_bytes = None, (-1, -1), None
 
-    def unread_bytes(self) -> int:
-        """Bytes that were seen in the file and not read, as of the last look."""
-        return max(0, self._seen[0] - self.offset)
+    def grew(self) -> bool:
+        """Whether there is more than when it was read to its end. Raises OSError."""
+        return self.content.state() != self._seen
 
-    def close(self) -> None:
-        """Let the file go."""
-        os.close(self.fd)
+    @property
+    def is_read(self) -> bool:
+        """Whether it was read to its end, but for an unfinished line."""
+        return self._seen != (-1, -1)
 
-    def _stat(self) -> tuple[int, int]:
-        status = os.fstat(self.fd)
-        return status.st_size, status.st_mtime_ns
-
-    def _advance(self, data: bytes, length: int, *, overlong: bool = False) -> Block:
-        start, self.offset = self.offset, self.offset + length
-        self.tail = os.pread(self.fd, TAIL_BYTES, self.offset - TAIL_BYTES) if overlong else data[-TAIL_BYTES:]
-        self._searched = 0
-        return Block(self.file_id, start, self.offset, data, self.tail, overlong)
-
-    def _read_overlong(self, head: bytes, searched: int) -> Block | None:
-        """Step over a line that is too long, in bounded memory; None while its newline is not there yet."""
-        self._searched = max(self._searched, searched)
-        while data := os.pread(self.fd, BLOCK_BYTES, self.offset + self._searched):
-            newline = data.find(b"\n")
-            if newline >= 0:
-                return self._advance(head, self._searched + newline + 1, overlong=True)
-            self._searched += len(data)
-        self._seen = self._stat()
-        return None
+    @property
+    def size_seen(self) -> int:
+        """How long the file was when there last was nothing more to read, and at least what was read of it."""
+        return max(self._seen[0], self.offset)
 
     def record(self) -> StoredFile:
         """What is known of the file now, as the checkpoint would know it once all that was read is settled."""
-        return StoredFile(self.file_id, self.path, *self.identity, self.head, Sample.of(self.tail), self.offset)
-
-
-def read_head(fd: int) -> Sample:
-    """The sample of a file's first line, or of its first bytes when that is long; empty before either is there."""
-    data = os.pread(fd, HEAD_BYTES, 0)
-    return Sample.of(first_line(data) or (data if len(data) == HEAD_BYTES else b""))
-
-
-def holds(fd: int, record: StoredFile) -> bool:
-    """Whether the open file still holds what was read of it: its head, and the bytes just before the position."""
-    if os.fstat(fd).st_size < record.position:
-        return False
-    head = os.pread(fd, record.head.length, 0)
-    tail = os.pread(fd, record.tail.length, record.position - record.tail.length)
-    return Sample.of(head) == record.head and Sample.of(tail) == record.tail
-
-
-def end_of_lines(fd: int) -> int:
-    """The offset after the last complete line of a file."""
-    end = os.fstat(fd).st_size
-    while end > 0:
-        start = max(0, end - BLOCK_BYTES)
-        length = whole_lines(os.pread(fd, end - start, start))
-        if length:
-            return start + length
-        end = start
-    return 0
-
-
-def is_copy(fd: int, size: int, head: Sample, known: StoredFile) -> bool:
-    """Whether the open file holds what was read of a known one, or, while it is being copied, its beginning."""
-    return known.head == head and (size < known.position or holds(fd, known))
+        record = StoredFile(self.file_id, self.path, *self.identity, self.head, Sample.of(self.tail), self.offset)
+        stamp = self.stamp if self.seen_bytes is not None else None
+        return replace(record, compressed=self.content.compressed, seen_bytes=self.seen_bytes, stamp=stamp)

@@ -25,7 +25,7 @@ class Sample:
 
 
 class Stamp(NamedTuple):
-    """A compressed file as it was when it was read to its end: its own size in bytes, and when it was last written."""
+    """A file as it was when it was read to its end: its size in bytes, compressed or not, and when it was written."""
 
     size: int
     mtime_ns: int
@@ -37,7 +37,7 @@ class StoredFile:
 
     `device` and `inode` are None once other content took its place. `seen_bytes`: how long the file was when it was
     rotated and read to its end; None while more may come. `history`: there before its log was followed, and never read.
-    `stamp`: only of a compressed file that was read to its end.
+    `stamp`: while the file has it, there is nothing more in it.
     """
 
     file_id: int

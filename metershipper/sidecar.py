@@ -86,7 +86,8 @@ class Sidecar:
         async with AsyncExitStack() as stack:
             checkpoint = self._open_state(stack)
             endpoint = await stack.enter_async_context(Endpoint(self._url, self._config.openmeter))
-            files = FileSet(self._config.inputs.files, checkpoint, time.monotonic)
+            inputs = self._config.inputs
+            files = FileSet(inputs.files, checkpoint, time.monotonic, inputs.max_line_bytes)
             stack.callback(files.close)
             tailer = Tailer(files)
             shipper = Shipper(endpoint, self._config.openmeter.retry, self._batches, self._accepted)
@@ -150,7 +151,9 @@ class Sidecar:
             await self._batches.put(batch)
 
     def _take(self, block: Block) -> None:
-        if block.overlong:
+        if block.nul_bytes:
+            mapped = Mapped()
+        elif block.overlong is not None:
             mapped = overlong_line(block.data, block.start_offset, block.end_offset)
         else:
             mapped = self._mapper.map_lines(block.data, block.start_offset)

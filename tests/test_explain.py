@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from metershipper.cli import cli
-from metershipper.followed import MAX_LINE_BYTES
+from metershipper.lines import MAX_LINE_BYTES
 
 CONFIG = """
 [metering]

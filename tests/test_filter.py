@@ -14,8 +14,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from metershipper.cli import cli
+from metershipper.content import BLOCK_BYTES
 from metershipper.filter import SHOWN_BAD_LINES
-from metershipper.followed import BLOCK_BYTES, MAX_LINE_BYTES
+from metershipper.lines import MAX_LINE_BYTES
 from metershipper.sandbox import parse_events
 from metershipper.traffic import Traffic, Truth
 

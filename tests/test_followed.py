@@ -2,24 +2,17 @@
 
 import os
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from metershipper import content as content_module
 from metershipper import followed
-from metershipper.followed import (
-    BLOCK_BYTES,
-    HEAD_BYTES,
-    KEPT_OF_OVERLONG_LINE_BYTES,
-    TAIL_BYTES,
-    Block,
-    FollowedFile,
-    end_of_lines,
-    holds,
-    read_head,
-)
+from metershipper.content import BLOCK_BYTES, HEAD_BYTES, TAIL_BYTES, Content, end_of_lines
+from metershipper.followed import KEPT_OF_OVERLONG_LINE_BYTES, Block, FollowedFile, Overlong
 from metershipper.records import Sample, StoredFile
 
 Follow = Callable[..., FollowedFile]
@@ -34,13 +27,13 @@ def follow(tmp_path: Path) -> Iterator[Follow]:
     def open_log(data: bytes, offset: int = 0) -> FollowedFile:
         path = tmp_path / "log"
         path.write_bytes(data)
-        fd = os.open(path, os.O_RDWR)
-        opened.append(FollowedFile(1, str(path), fd, (1, 2), offset, data[:offset][-TAIL_BYTES:], read_head(fd)))
+        content = Content(os.open(path, os.O_RDWR))
+        opened.append(FollowedFile(1, str(path), content, offset, content.tail(offset), content.head()))
         return opened[-1]
 
     yield open_log
     for file in opened:
-        file.close()
+        file.content.close()
 
 
 def blocks_of(file: FollowedFile, max_line_bytes: int = LIMIT) -> list[Block]:
@@ -57,16 +50,17 @@ def test_blocks_are_the_whole_lines_of_the_file_and_nothing_else(
     """Together they are the bytes up to the last newline, in order and without a gap (case 2)."""
     path = tmp_path_factory.getbasetemp() / "any.log"
     path.write_bytes(data)
-    file = FollowedFile(1, str(path), os.open(path, os.O_RDONLY), (1, 2), 0, b"", Sample())
+    file = FollowedFile(1, str(path), Content(os.open(path, os.O_RDONLY)), 0, b"", Sample())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(followed, "BLOCK_BYTES", 16)
+        patch.setattr(content_module, "BLOCK_BYTES", 16)
         blocks = blocks_of(file)
         whole = data[: data.rfind(b"\n") + 1]
         assert b"".join(block.data for block in blocks) == whole
-        assert end_of_lines(file.fd) == file.offset == len(whole)
+        assert end_of_lines(file.content) == file.offset == len(whole)
     assert [block.start_offset for block in blocks] == [0, *(block.end_offset for block in blocks)][: len(blocks)]
     assert all(block.tail == block.data[-TAIL_BYTES:] for block in blocks)
-    file.close()
+    file.content.close()
 
 
 @pytest.mark.parametrize("length", [LIMIT - 1, LIMIT, LIMIT + 1, LIMIT + BLOCK_BYTES])
@@ -75,9 +69,10 @@ def test_the_limit_of_a_line_counts_its_newline(follow: Follow, length: int) -> 
     line = b"x" * (length - 1) + b"\n"
     first, second = blocks_of(follow(line + b"next\n"))
     if length <= LIMIT:
-        assert (first.overlong, first.data + second.data) == (False, line + b"next\n")
+        assert (first.overlong, first.data + second.data) == (None, line + b"next\n")
     else:
-        assert (first.overlong, first.data) == (True, line[:KEPT_OF_OVERLONG_LINE_BYTES])
+        assert first.data == line[:KEPT_OF_OVERLONG_LINE_BYTES]
+        assert first.overlong == Overlong(length - 1, sha256(line[:-1]).hexdigest())
         assert first.tail == line[-TAIL_BYTES:]
         assert (second.data, second.start_offset) == (b"next\n", length)
 
@@ -86,9 +81,9 @@ def test_an_overlong_line_whose_end_is_not_there_is_searched_on(follow: Follow) 
     """Not from its beginning each time, and not past its end (case 21)."""
     file = follow(b"x" * (LIMIT + 5))
     assert file.read_block(LIMIT) is None
-    assert not file.has_unread_lines()
-    os.pwrite(file.fd, b"yy\nnext\n", LIMIT + 5)
-    assert file.has_unread_lines()
+    assert not file.grew()
+    os.pwrite(file.content.fd, b"yy\nnext\n", LIMIT + 5)
+    assert file.grew()
     assert [block.end_offset for block in blocks_of(file)] == [LIMIT + 8, LIMIT + 13]
 
 
@@ -96,7 +91,7 @@ def test_an_unchanged_file_is_not_read_again(follow: Follow) -> None:
     file = follow(b"one\nhalf")
     assert [block.data for block in blocks_of(file)] == [b"one\n"]
     assert file.read_block(LIMIT) is None
-    assert (file.has_unread_lines(), file.unread_bytes(), file.was_replaced()) == (False, 4, False)
+    assert (file.grew(), file.size_seen, file.was_replaced()) == (False, 8, False)
 
 
 @pytest.mark.parametrize(
@@ -116,9 +111,9 @@ def test_other_content_is_noticed_by_head_and_tail(follow: Follow, content: byte
     """Whatever its size (cases 12, 13)."""
     file = follow(b"first\nsecond\n", offset=6)
     file.read_block(LIMIT)
-    os.ftruncate(file.fd, 0)
-    os.pwrite(file.fd, content, 0)
-    os.utime(file.fd, ns=(1, 1))
+    os.ftruncate(file.content.fd, 0)
+    os.pwrite(file.content.fd, content, 0)
+    os.utime(file.content.fd, ns=(1, 1))
     assert file.was_replaced() is replaced
 
 
@@ -134,11 +129,12 @@ def test_a_rest_is_what_no_newline_ends(follow: Follow) -> None:
 
 def test_a_rest_above_the_limit_is_overlong(follow: Follow) -> None:
     """(cases 3, 21)"""
-    file = follow(b"one\n" + b"x" * 400)
+    file = follow(b"one\n" + b"x" * LIMIT)
     blocks_of(file)
-    rest = file.read_rest(399)
+    rest = file.read_rest(LIMIT)
     assert rest is not None
-    assert (rest.data, rest.end_offset, rest.overlong) == (b"x" * 400, 404, True)
+    assert (rest.data, rest.end_offset) == (b"x" * KEPT_OF_OVERLONG_LINE_BYTES, 4 + LIMIT)
+    assert rest.overlong == Overlong(LIMIT, sha256(b"x" * LIMIT).hexdigest())
 
 
 @pytest.mark.parametrize(
@@ -153,7 +149,7 @@ def test_a_rest_above_the_limit_is_overlong(follow: Follow) -> None:
 )
 def test_the_head_is_the_first_line_or_as_much_as_is_sampled_of_it(follow: Follow, content: bytes, head: bytes) -> None:
     """It is not known before it can't change any more (cases 14, 16)."""
-    assert read_head(follow(content).fd) == Sample.of(head)
+    assert follow(content).content.head() == Sample.of(head)
 
 
 def test_a_record_holds_as_long_as_head_and_tail_are_there(follow: Follow) -> None:
@@ -162,11 +158,11 @@ def test_a_record_holds_as_long_as_head_and_tail_are_there(follow: Follow) -> No
     block = file.read_block(LIMIT)
     assert block is not None
     record = file.record()
-    assert record == StoredFile(1, file.path, 1, 2, Sample.of(b"first\n"), Sample.of(b"first\nsecond\n"), 13)
-    assert holds(file.fd, record)
-    os.pwrite(file.fd, b"more", 13)
-    assert holds(file.fd, record)
+    assert record == StoredFile(1, file.path, *file.identity, Sample.of(b"first\n"), Sample.of(b"first\nsecond\n"), 13)
+    assert file.content.holds(record)
+    os.pwrite(file.content.fd, b"more", 13)
+    assert file.content.holds(record)
     for content in (b"first\nSECOND\nmore", b"FIRST\nsecond\nmore", b"first\nsecond"):
-        os.ftruncate(file.fd, 0)
-        os.pwrite(file.fd, content, 0)
-        assert not holds(file.fd, record)
+        os.ftruncate(file.content.fd, 0)
+        os.pwrite(file.content.fd, content, 0)
+        assert not file.content.holds(record)

@@ -1,10 +1,10 @@
-"""Cutting bytes into whole lines, and telling rotated siblings by name."""
+"""Cutting bytes into whole lines."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metershipper.lines import COMPRESSED_SUFFIXES, first_line, is_rotated_name, whole_lines
+from metershipper.lines import first_line, whole_lines
 
 
 @pytest.mark.parametrize(
@@ -33,38 +33,3 @@ def test_reading_in_any_pieces_gives_the_same_lines(data: bytes, draw: st.DataOb
 @pytest.mark.parametrize(("data", "line"), [(b"", b""), (b"half", b""), (b"a\nb\n", b"a\n"), (b"\na\n", b"\n")])
 def test_the_first_line_is_given_only_when_it_is_complete(data: bytes, line: bytes) -> None:
     assert first_line(data) == line
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "usage.log.1", "usage.log.12", "usage.log-20261121", "usage.log-20261121-13", "usage.log.2026-11-21",
-        "usage.log_2026-11-21T13:00:00", "usage.log-1763700000", "usage-20261121.log", "usage.1.log",
-        "usage_2026-11-21.log", "usage-2026-11-21T13:00.log", "usage.log.1.old",
-    ],
-)  # fmt: skip
-def test_names_that_logrotate_makes_are_rotated_siblings(name: str) -> None:
-    assert is_rotated_name(name, "usage.log")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "usage.log", "usage.log.swp", "usage.log.1.swp", "usage.log.1~", "usage.log.tmp", "usage.log.1.tmp",
-        "other.log", "usage.logs.1", "usagexlog.1", "usage-v2.log", "usage.log.", "my-usage.log.1", "usage.log.old", "",
-        *(f"usage.log.1{suffix}" for suffix in COMPRESSED_SUFFIXES),
-    ],
-)  # fmt: skip
-def test_other_names_are_not(name: str) -> None:
-    assert not is_rotated_name(name, "usage.log")
-
-
-def test_a_name_without_a_suffix_has_siblings_too() -> None:
-    assert is_rotated_name("access.1", "access")
-    assert is_rotated_name("access-20261121", "access")
-    assert not is_rotated_name("access.log", "access")
-
-
-def test_characters_with_a_meaning_in_patterns_are_taken_as_they_are() -> None:
-    assert is_rotated_name("a+(b).log.1", "a+(b).log")
-    assert not is_rotated_name("aab.log.1", "a+(b).log")

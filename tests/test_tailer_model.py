@@ -16,13 +16,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from metershipper import followed
+from metershipper import content, followed
 from metershipper.batcher import Batch, Span
 from metershipper.books import Books, Count
 from metershipper.checkpoint import Checkpoint
 from metershipper.config import FileInput
-from metershipper.files import LISTING_SECONDS, ROTATED_IDLE_SECONDS, FileSet
+from metershipper.files import ROTATED_IDLE_SECONDS, FileSet
 from metershipper.ledger import Ledger
+from metershipper.listing import LISTING_SECONDS
 from metershipper.state import make_private_directory
 
 
@@ -267,7 +268,8 @@ class LogModel(RuleBasedStateMachine):
 
 def test_no_line_is_lost_and_none_is_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever Kong, rotation, acknowledgements and crashes do (cases 2, 5 to 14, 17, 30, 31)."""
-    monkeypatch.setattr(followed, "BLOCK_BYTES", 128)  # so that there are many blocks
+    for module in (content, followed):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 128)  # so that there are many blocks
     run_state_machine_as_test(
         LogModel,
         settings=settings(

@@ -24,8 +24,8 @@ import orjson
 
 from metershipper.books import Count
 from metershipper.checkpoint import Checkpoint
+from metershipper.content import BLOCK_BYTES
 from metershipper.errors import StateError
-from metershipper.followed import BLOCK_BYTES
 from metershipper.lines import whole_lines
 from metershipper.mapper import Mapper
 from metershipper.metering import Metering, Subject

@@ -1,0 +1,91 @@
+"""Unpacking of compressed logs: gzip and zstd, in bounded memory, as far as they unpack.
+
+Told by what a file begins with, never by its name. Several members or frames in one file are one content, as gzip and
+zstd themselves see it. Never decides what a file that ends too early means: it may still be being written.
+"""
+
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO, Literal, Protocol
+
+import zstandard
+
+Compression = Literal["gzip", "zstd"]
+
+_MAGIC: dict[bytes, Compression] = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+MAGIC_BYTES = max(map(len, _MAGIC))
+# What is unpacked in one step is bounded by what goes into it: gzip makes at most 1,032 bytes of one, zstd 32,768.
+_STEP_BYTES: dict[Compression, int] = {"gzip": 16 * 1024, "zstd": 1024}
+_GZIP_WINDOW = 31  # zlib's code for: a gzip header, and its checksum
+
+
+class Damaged(Exception):
+    """A compressed file can't be unpacked any further; all that could be was handed out before."""
+
+
+class _Member(Protocol):
+    """One member or frame being unpacked: zlib's and zstandard's common part."""
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+def compression_of(beginning: bytes) -> Compression | None:
+    """How a file is compressed, by its first `MAGIC_BYTES` bytes; None when it is not."""
+    return next((kind for magic, kind in _MAGIC.items() if beginning.startswith(magic)), None)
+
+
+def unpack(file: BinaryIO, compression: Compression) -> Iterator[bytes]:
+    """The content of a file, from its beginning, in pieces of at most 32 MiB.
+
+    Raises: Damaged once all that unpacks was yielded, saying why no more does; OSError as reading does.
+    """
+    step = _STEP_BYTES[compression]
+    data = b""
+    while data := data or file.read(step):
+        member = _new_member(compression)
+        while not member.eof:
+            if not (data := data or file.read(step)):
+                raise Damaged("it ends in the middle")
+            yield from _unpacked(member, data)
+            data = member.unused_data if member.eof else b""
+        if compression == "gzip":
+            # Tapes and some writers fill the end with NULs; gzip ignores them, too.
+            while (data := data.lstrip(b"\0") or file.read(step)) and not data.strip(b"\0"):
+                data = b""
+
+
+def _unpacked(member: _Member, data: bytes) -> Iterator[bytes]:
+    """What `data` unpacks to; where it is damaged, what stands before the damage."""
+    before = member.copy() if isinstance(member, _ZLIB_MEMBER) else None
+    try:
+        piece = member.decompress(data)
+    except (zlib.error, zstandard.ZstdError) as error:
+        if before is not None:
+            yield from _up_to_damage(before, data)
+        raise Damaged(str(error)) from None
+    if piece:
+        yield piece
+
+
+def _up_to_damage(member: _Member, data: bytes) -> Iterator[bytes]:
+    """Byte by byte: zlib hands nothing out of a step that fails."""
+    for position in range(len(data)):
+        try:
+            piece = member.decompress(data[position : position + 1])
+        except zlib.error:
+            return
+        if piece:
+            yield piece
+
+
+def _new_member(compression: Compression) -> _Member:
+    if compression == "gzip":
+        return zlib.decompressobj(_GZIP_WINDOW)
+    return zstandard.ZstdDecompressor().decompressobj()
+
+
+_ZLIB_MEMBER = type(zlib.decompressobj())
