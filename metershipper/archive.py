@@ -4,6 +4,7 @@ Told by what a file begins with, never by its name. Several members or frames in
 zstd themselves see it. Never decides what a file that ends too early means: it may still be being written.
 """
 
+import os
 import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, Literal, Protocol
@@ -12,10 +13,13 @@ import zstandard
 
 Compression = Literal["gzip", "zstd"]
 
-_MAGIC: dict[bytes, Compression] = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-MAGIC_BYTES = max(map(len, _MAGIC))
+_GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+# What pzstd begins with.
+_ZSTD_SKIPPABLE_MAGICS = tuple(bytes((first,)) + b"\x2a\x4d\x18" for first in range(0x50, 0x60))
+MAGIC_BYTES = 4
+GZIP_SIZE_MODULUS = 2**32
 # What is unpacked in one step is bounded by what goes into it: gzip makes at most 1,032 bytes of one, zstd 32,768.
-_STEP_BYTES: dict[Compression, int] = {"gzip": 16 * 1024, "zstd": 1024}
+_STEP_BYTES: dict[Compression, int] = {"gzip": 16 * 1024, "zstd": 512}
 _GZIP_WINDOW = 31  # zlib's code for: a gzip header, and its checksum
 
 
@@ -35,11 +39,24 @@ class _Member(Protocol):
 
 def compression_of(beginning: bytes) -> Compression | None:
     """How a file is compressed, by its first `MAGIC_BYTES` bytes; None when it is not."""
-    return next((kind for magic, kind in _MAGIC.items() if beginning.startswith(magic)), None)
+    if beginning.startswith(_GZIP_MAGIC):
+        return "gzip"
+    return "zstd" if beginning.startswith((_ZSTD_MAGIC, *_ZSTD_SKIPPABLE_MAGICS)) else None
+
+
+def declared_size(fd: int, compression: Compression) -> int | None:
+    """What a file with one member says that it holds, in bytes (gzip: modulo 2^32). Raises OSError."""
+    if compression == "gzip":
+        return int.from_bytes(os.pread(fd, 4, max(0, os.fstat(fd).st_size - 4)), "little")
+    try:
+        size = zstandard.get_frame_parameters(os.pread(fd, 18, 0)).content_size
+    except zstandard.ZstdError:
+        return None
+    return None if size == zstandard.CONTENTSIZE_UNKNOWN else size
 
 
 def unpack(file: BinaryIO, compression: Compression) -> Iterator[bytes]:
-    """The content of a file, from its beginning, in pieces of at most 32 MiB.
+    """The content of a file, from its beginning, in pieces of at most 16 MiB.
 
     Raises: Damaged once all that unpacks was yielded, saying why no more does; OSError as reading does.
     """

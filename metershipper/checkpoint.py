@@ -10,7 +10,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from metershipper.books import Books
@@ -51,14 +51,9 @@ class Checkpoint:
         self.set_aside: list[Path] = []
 
     def __enter__(self) -> "Checkpoint":
-        if self._expected and not self._path.exists() and not self._start_over:
-            raise StateError(
-                f"{self._path}: gone, though this directory was in use. Restore it, or start with `metershipper run "
-                "--start-over`: it reads every log and its rotated files from the beginning; events keep their ids, so "
-                "the server bills none of them twice within its dedupe window"
-            )
         try:
-            self._db = self._opened(fresh=self._start_over and not self._path.exists())
+            self._inspect()
+            self._db = self._opened()
         except sqlite3.OperationalError as error:
             # The disk, permissions, another process: nothing says that the file is damaged.
             raise StateError(f"{self._path}: can't be used: {error}") from None
@@ -71,7 +66,7 @@ class Checkpoint:
                     "within its dedupe window"
                 ) from None
             self._set_aside()
-            self._db = self._opened(fresh=True)
+            self._db = self._opened()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -86,38 +81,53 @@ class Checkpoint:
                 self.set_aside.append(part.rename(f"{self._path}.damaged-{number}{suffix}"))
         sync_directory(self._path.parent)
 
-    def _opened(self, *, fresh: bool) -> sqlite3.Connection:
-        db = self._open()
+    def _inspect(self) -> None:
+        """Look for damage without leave to write: closing a connection that may write would mend, and lose, the log."""
+        if os.path.lexists(self._path) and not self._read_only:
+            self._open_file(os.O_RDWR)
+        if self._path.exists() and self._path.stat().st_size:
+            with closing(self._open(read_only=True)) as db:
+                _refuse_damage(db)
+        elif self._expected and not self._start_over:
+            raise StateError(
+                f"{self._path}: gone or empty, though this directory was in use. Restore it, or start with "
+                "`metershipper run --start-over`: it reads every log and its rotated files from the beginning; events "
+                "keep their ids, so the server bills none of them twice within its dedupe window"
+            )
+
+    def _opened(self) -> sqlite3.Connection:
+        db = self._open(read_only=self._read_only)
         try:
             self._db = db
-            self._prepare(fresh)
+            self._prepare()
         except BaseException:
             db.close()
             raise
         return db
 
-    def _open(self) -> sqlite3.Connection:
-        if self._read_only:
+    def _open(self, *, read_only: bool) -> sqlite3.Connection:
+        if read_only:
             if not self._path.exists():
                 raise self._nothing_recorded()
             uri = f"{self._path.absolute().as_uri()}?mode=ro"
             return sqlite3.connect(uri, uri=True, timeout=5, isolation_level=None, check_same_thread=False)
+        self._open_file(os.O_RDWR | os.O_CREAT)
+        return sqlite3.connect(self._path, timeout=5, isolation_level=None, check_same_thread=False)
+
+    def _open_file(self, flags: int) -> None:
         try:
-            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+            os.close(os.open(self._path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
             sync_directory(self._path.parent)
         except OSError as error:
             raise StateError(f"{self._path}: can't be opened: {error.strerror}") from None
-        return sqlite3.connect(self._path, timeout=5, isolation_level=None, check_same_thread=False)
 
-    def _prepare(self, fresh: bool) -> None:
+    def _prepare(self) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version > SCHEMA_VERSION:
             raise StateError(
                 f"{self._path}: written by a newer metershipper (schema {version}, this one knows {SCHEMA_VERSION}); "
                 "run that version"
             )
-        if version:
-            self._check()
         if self._read_only:
             if version == 0:  # just being created
                 raise self._nothing_recorded()
@@ -131,7 +141,7 @@ class Checkpoint:
                 for statement in migration.split(";\n"):
                     self._db.execute(statement)
             self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-            if fresh:
+            if version == 0 and self._start_over:
                 self._db.execute("INSERT OR REPLACE INTO facts VALUES ('start_over', 1)")
             # Also where there is nothing to bring up to date: a disk that is full is noticed before a line is read.
             self._db.execute(
@@ -141,13 +151,6 @@ class Checkpoint:
 
     def _nothing_recorded(self) -> StateError:
         return StateError(f"{self._path}: nothing was recorded yet; start `metershipper run` first")
-
-    def _check(self) -> None:
-        """Look for damage where positions and books are; the dead letters may be too many to read."""
-        for table in ("files", "inputs", "books"):
-            (answer,) = self._db.execute(f"PRAGMA quick_check('{table}')").fetchone()
-            if answer != "ok":
-                raise sqlite3.DatabaseError(answer)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -209,6 +212,11 @@ class Checkpoint:
         """Record where a file is seen now and what is known of it; its position and its tail are the commits' alone."""
         stamp = file.stamp or (None, None)
         with self._transaction():
+            # Two files are never in one place: whatever else was there has gone.
+            self._db.execute(
+                "UPDATE files SET device = NULL, inode = NULL WHERE device = ? AND inode = ? AND file_id <> ?",
+                (file.device, file.inode, file.file_id),
+            )
             self._db.execute(
                 "UPDATE files SET path = ?, device = ?, inode = ?, compressed = ?, head_bytes = ?, head_hash = ?,"
                 " history = ?, seen_bytes = ?, stamp_bytes = ?, stamp_mtime_ns = ?, seen_at = ? WHERE file_id = ?",
@@ -240,6 +248,7 @@ class Checkpoint:
         Returns: the ids of the dropped files.
         """
         with self._transaction():
+            self._db.executemany("UPDATE files SET seen_at = ? WHERE file_id = ?", [(now, each) for each in present])
             old = self._db.execute("SELECT file_id FROM files WHERE seen_at < ?", (now - FORGET_AFTER_SECONDS,))
             gone = [file_id for (file_id,) in old if file_id not in present]
             for file_id in gone:
@@ -296,3 +305,13 @@ class Checkpoint:
         """The sum of all that was ever settled."""
         with self._lock:
             return Books(dict(self._db.execute("SELECT name, SUM(count) FROM books GROUP BY name").fetchall()))
+
+
+def _refuse_damage(db: sqlite3.Connection) -> None:
+    """Look where positions and books are; the dead letters may be too many to read. Raises sqlite3.DatabaseError."""
+    if db.execute("PRAGMA user_version").fetchone() == (0,):
+        return
+    for table in ("files", "inputs", "books"):
+        (answer,) = db.execute(f"PRAGMA quick_check('{table}')").fetchone()
+        if answer != "ok":
+            raise sqlite3.DatabaseError(answer)

@@ -8,7 +8,15 @@ looks for files and never decides what a match means.
 import os
 import sys
 
-from metershipper.archive import MAGIC_BYTES, Compression, Damaged, compression_of, unpack
+from metershipper.archive import (
+    GZIP_SIZE_MODULUS,
+    MAGIC_BYTES,
+    Compression,
+    Damaged,
+    compression_of,
+    declared_size,
+    unpack,
+)
 from metershipper.lines import first_line, whole_lines
 from metershipper.records import Identity, Sample, Stamp, StoredFile
 
@@ -59,6 +67,10 @@ class Content:
     def has_more_than(self, position: int) -> bool:
         """Whether there is anything behind `position`."""
         return self.state()[0] > position
+
+    def may_be(self, size: int) -> bool:
+        """Whether, as far as can be told at once, it holds just so many bytes."""
+        return self.state()[0] == size
 
     def stamp(self) -> Stamp:
         """By what a file that was read to its end is known to be unchanged."""
@@ -129,6 +141,10 @@ class CompressedContent(Content):
             return False
         return Sample.of(self.pread(record.tail.length, record.position - record.tail.length)) == record.tail
 
+    def may_be(self, size: int) -> bool:
+        """By what the compressed file says of itself; it is not unpacked."""
+        return declared_size(self.fd, self._compression) in (size, size % GZIP_SIZE_MODULUS)
+
     def has_more_than(self, position: int) -> bool:
         """Whether there is anything behind `position`, be it damage."""
         return bool(self.pread(1, position)) or self.damage is not None
@@ -150,8 +166,3 @@ def end_of_lines(content: Content) -> int:
             return start + length
         end = start
     return 0
-
-
-def is_copy(content: Content, head: Sample, known: StoredFile) -> bool:
-    """Whether it holds what was read of a known file, or, while it is being copied, its beginning."""
-    return known.head == head and (content.holds(known) or content.state()[0] < known.position)

@@ -5,6 +5,7 @@ never looks for files. Memory is bounded whatever a line's length: one above the
 and so are NULs, which a crash of the writer's machine or a sparse file leave.
 """
 
+import os
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
@@ -17,6 +18,7 @@ from metershipper.records import Identity, Sample, Stamp, StoredFile
 KEPT_OF_OVERLONG_LINE_BYTES = 4096
 # NULs within a line, and this many of them: what stands before is torn and will never be completed.
 _NUL_RUN = bytes(4096)
+_ZEROS = bytes(BLOCK_BYTES)
 # Above this there is no sense in asking for more at once.
 _GROWTH = 4
 
@@ -84,6 +86,7 @@ class FollowedFile:
     found_at: str = ""
     stamp: Stamp | None = None
     seen_bytes: int | None = None  # see `StoredFile`
+    size_bytes: int = 0  # when it was last looked at; 0 of a compressed file
     _seen: tuple[int, int] = (-1, -1)  # the content's state when there was nothing more to read
     _skimmed: _Skimmed | None = None
 
@@ -99,7 +102,7 @@ class FollowedFile:
 
         Raises: OSError; Damaged behind the last line that could be unpacked.
         """
-        state = self.content.state()
+        state = self.look()
         if self._skimmed is not None:
             return self._step_over(self._skimmed)
         if state == self._seen or state[0] <= self.offset:
@@ -120,6 +123,13 @@ class FollowedFile:
                 return None
             wanted = min(wanted * _GROWTH, max_line_bytes)
 
+    def look(self) -> tuple[int, int]:
+        """See how long it is. Raises OSError."""
+        state = self.content.state()
+        if not self.content.compressed:
+            self.size_bytes = state[0]
+        return state
+
     def _note_end(self) -> None:
         """There is nothing more to read for now. Raises Damaged where that is not the end."""
         if self.content.damage is not None:
@@ -128,7 +138,7 @@ class FollowedFile:
 
     def _nuls(self, data: bytes, wanted: int) -> Block | None:
         """Step over NULs where a line should begin; not at the end of the file, where they may not stay."""
-        length = len(data) - len(data.lstrip(b"\0"))
+        length = len(data) if data == _ZEROS else len(data) - len(data.lstrip(b"\0"))
         if length == len(data) < wanted:
             return None
         return self._advance(b"", length, nul_bytes=length)
@@ -184,7 +194,7 @@ class FollowedFile:
     def was_replaced(self) -> bool:
         """Whether the file holds other content now: truncated, perhaps grown again. Raises OSError."""
         state = self.content.state()
-        if state[0] < self.offset:
+        if state[0] < self.offset or (state[0] < self.size_bytes and not self.head.length):
             return True
         if state == self._seen or self.content.compressed:
             return False
@@ -192,13 +202,20 @@ class FollowedFile:
             return True
         return not self._has_its_head()
 
+    def has_a_name(self) -> bool:
+        """Whether a directory still lists it; also when that can't be told."""
+        try:
+            return os.fstat(self.content.fd).st_nlink > 0
+        except OSError:
+            return True
+
     def _has_its_head(self) -> bool:
         return Sample.of(self.content.pread(self.head.length, 0)) == self.head
 
     def start_at(self, offset: int, head: Sample) -> None:
         """Read on at `offset`, of content whose beginning is `head`."""
         self.offset, self.head, self.tail = offset, head, b""
-        self._skimmed, self._seen, self.seen_bytes = None, (-1, -1), None
+        self._skimmed, self._seen, self.size_bytes, self.seen_bytes = None, (-1, -1), 0, None
 
     def go_on_in(self, content: Content) -> None:
         """Read on in another file that holds the same content."""
@@ -216,8 +233,8 @@ class FollowedFile:
 
     @property
     def size_seen(self) -> int:
-        """How long the file was when there last was nothing more to read, and at least what was read of it."""
-        return max(self._seen[0], self.offset)
+        """How long the file was when it was last looked at, and at least what was read of it."""
+        return max(self.size_bytes, self._seen[0], self.offset)
 
     def record(self) -> StoredFile:
         """What is known of the file now, as the checkpoint would know it once all that was read is settled."""

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from metershipper.config import FileInput
-from metershipper.content import Content, is_copy
+from metershipper.content import Content
 from metershipper.followed import FollowedFile
 from metershipper.listing import Found
 from metershipper.losses import GapBook, Losses
-from metershipper.records import Identity, NewFile, Sample, Stamp, StoredFile
+from metershipper.records import Identity, Lost, NewFile, Sample, Stamp, StoredFile
 
-FORGET_EVERY_SECONDS = 86400.0
+# Files that are gone for good are forgotten; not at once, as a volume may be mounted later than this is started.
+FORGET_FIRST_SECONDS, FORGET_EVERY_SECONDS = 3600.0, 86400.0
 
 
 class Registry(GapBook, Protocol):
@@ -54,6 +55,9 @@ class KnownFiles:
     _present: dict[str, set[int]] = field(default_factory=dict)  # by directory: files whose content is there
     _passed_over: dict[Identity, tuple[Stamp, int | None]] = field(default_factory=dict)  # and what it is a copy of
     _watched_to_end: set[int] = field(default_factory=set)
+    _damaged: dict[int, StoredFile] = field(
+        default_factory=dict
+    )  # what does not unpack any further, and how far it did
     _forget_at: float | None = None
 
     def __post_init__(self) -> None:
@@ -103,29 +107,34 @@ class KnownFiles:
         records = sorted(
             (record for record in self.records() if record.head == head), key=lambda each: each.position, reverse=True
         )
-        return next(
-            (each for each in records if not self._is_there(each) and not in_place(each) and content.holds(each)), None
-        )
+        absent = (record for record in records if not self._is_there(record) and not in_place(record))
+        return next((record for record in absent if content.holds(record)), None)
 
     def watched(self, content: Content, head: Sample) -> StoredFile | None:
         """The file that this one was compressed from while it was open here, and that was read to its end.
 
-        It can't hold more than that, so it need not be unpacked.
+        It can't hold more than that, so it need not be unpacked; unless it says of itself that it does.
         """
         if not content.compressed or not head.length:
             return None
-        records = (record for record in self._records.values() if record.file_id in self._watched_to_end)
-        return next((record for record in records if record.head == head), None)
+        records = [record for record in self._records.values() if record.head == head and self.is_watched(record)]
+        return next((each for each in records if not self._is_there(each) and content.may_be(each.position)), None)
 
-    def copied(self, content: Content, head: Sample, open_files: Iterable[FollowedFile]) -> StoredFile | None:
-        """The known file that this one is a copy of."""
-        if not head.length:
-            return None
-        for file in open_files:
-            # What was compressed from a file that is open here can't hold more than that file.
-            if file.head == head and (content.compressed or is_copy(content, head, file.record())):
-                return file.record()
-        return next((record for record in self._records.values() if is_copy(content, head, record)), None)
+    def is_watched(self, record: StoredFile) -> bool:
+        """Whether a file was open here until it was complete and had no name any more."""
+        return record.file_id in self._watched_to_end
+
+    def copied(self, content: Content, head: Sample, *, with_history: bool, but: Identity) -> StoredFile | None:
+        """The file, of those that are not open, that this one is a copy of, or the beginning of one.
+
+        Args: `but`, the file itself; `with_history`, whether a copy of what was never read is one, too.
+        """
+        records = [r for r in self._records.values() if r.head == head and r.identity != but]
+        records = [record for record in records if with_history or not record.history]
+        records.sort(key=lambda record: record.position, reverse=True)
+        whole = (record for record in records if content.holds(record))
+        begun = (record for record in records if content.state()[0] < record.position)
+        return next(whole, None) or next(begun, None)
 
     # Where content is
 
@@ -168,7 +177,7 @@ class KnownFiles:
         old = self._records.get((new.device, new.inode))
         (file_id,) = self.registry.register([replace(new, supersedes=old.file_id if old else None)])
         if old is not None:
-            self.supersede(old)
+            self._supersede_stored(old)
         place = new.path, new.device, new.inode
         record = StoredFile(file_id, *place, new.head, Sample(), new.position, new.history, new.compressed)
         self._records[new.device, new.inode] = record
@@ -178,29 +187,54 @@ class KnownFiles:
         """Other content took the place of this file."""
         self._superseded.append(replace(record, device=None, inode=None))
 
+    def _supersede_stored(self, record: StoredFile) -> None:
+        if record.is_blank:  # what is in its place is what became of it
+            record = replace(record, device=None, inode=None, seen_bytes=0)
+            self.registry.update(record)
+        self.supersede(record)
+
+    def explain_blank(self, log: str) -> None:
+        """A rotated file of this log was found: it is what became of a file that was empty when it was last seen."""
+        for record in self.records():
+            if record.path == log and record.is_blank and not record.is_complete and not self._is_there(record):
+                self.taken(record)
+                self._supersede_stored(record)
+
     def resume(self, found: Found, content: Content, record: StoredFile) -> None:
         """The file is opened again, here."""
         device, inode = found.identity
         now = replace(record, path=found.log, device=device, inode=inode, compressed=content.compressed, history=False)
         if now != record:
-            self.registry.update(now)
+            self._moved_to(now, record)
+        else:
+            self.taken(record)
         self.losses.found(record)
-        self.taken(record)
 
     def taken(self, record: StoredFile) -> None:
         """The file is open from now on."""
-        if record.identity is not None:
-            self._records.pop(record.identity, None)
+        there = self._records.get(record.identity) if record.identity is not None else None
+        if there is not None and there.file_id == record.file_id:
+            del self._records[there.identity or (0, 0)]
         self._superseded = [known for known in self._superseded if known.file_id != record.file_id]
+        self._damaged.pop(record.file_id, None)
+        self._watched_to_end.discard(record.file_id)
+
+    def _moved_to(self, now: StoredFile, before: StoredFile) -> None:
+        """A record's content is elsewhere than before; what was known of that place is other content."""
+        self.registry.update(now)
+        self.taken(before)
+        if now.identity is not None and now.identity in self._records:
+            self.supersede(self._records.pop(now.identity))
 
     def complete(self, found: Found, content: Content, record: StoredFile) -> None:
         """The file holds what was read of a record and nothing more: it need not be opened while it is unchanged."""
         device, inode = found.identity
         now = replace(record, path=found.log, device=device, inode=inode, compressed=content.compressed)
         now = replace(now, seen_bytes=record.position, stamp=stamp_of(found))
-        self.registry.update(now)
-        self.taken(record)
+        self._moved_to(now, record)
         self._records[found.identity] = now
+        if not now.history:
+            self.known_logs[found.log] = found.input
         self.losses.found(now, complete=True)
         self.mark_present(found, record.file_id)
 
@@ -209,6 +243,12 @@ class KnownFiles:
         self._records[file.identity] = file.record()
         if watched_to_end:
             self._watched_to_end.add(file.file_id)
+
+    def give_up(self, file: FollowedFile) -> None:
+        """A compressed file can't be read behind where it was read to; it is let go next."""
+        if file.stamp is not None:
+            self.pass_over(file.identity, file.stamp)
+        self._damaged[file.file_id] = replace(file.record(), path=file.found_at)
 
     def remember_inputs(self, *, complete: bool) -> None:
         """The inputs were looked through; `complete`: nothing stood in the way."""
@@ -222,23 +262,33 @@ class KnownFiles:
 
     # What is gone
 
-    def judge(self, logs: Mapping[Identity, Found]) -> None:
-        """Tell `losses` what is missing. Only of inputs that name some file now: a volume may be mounted late."""
+    def judge(self, logs: Mapping[Identity, Found], *, listed: bool) -> None:
+        """Tell `losses` what is missing. Only of inputs that name some file now: a volume may be mounted late.
+
+        Args: `listed`, whether a directory was listed; if not there can only be news of what is waited for.
+        """
+        if not listed and not self.losses.is_waiting and not self._damaged:
+            return
         active = {found.input for found in logs.values()}
         missing = [
-            record
+            (record, Lost.TRUNCATED if record.identity is None else Lost.VANISHED)
             for record in self.records()
-            if not record.is_complete and not self._is_there(record) and self._input_of(record.path) in active
+            if not record.is_complete and record.file_id not in self._damaged and not self._is_there(record)
+            if self._input_of(record.path) in active
         ]
-        self.losses.missing(missing)
+        self.losses.missing([*missing, *((record, Lost.DAMAGED) for record in self._damaged.values())])
 
     def forget(self, open_ids: Collection[int]) -> None:
         """Once a day, drop what is gone for good; see `Checkpoint.forget`."""
         now = self.clock()
-        if self._forget_at is not None and now < self._forget_at:
+        if self._forget_at is None:
+            self._forget_at = now + FORGET_FIRST_SECONDS
+        if now < self._forget_at:
             return
         self._forget_at = now + FORGET_EVERY_SECONDS
-        present = set(open_ids).union(*self._present.values())
+        # What no input names at the moment was not looked for: that is not being gone.
+        unlisted = {record.file_id for record in self.records() if self._input_of(record.path) is None}
+        present = unlisted.union(open_ids, *self._present.values())
         gone = set(self.registry.forget(present, time.time()))
         if gone:
             self._records = {key: record for key, record in self._records.items() if record.file_id not in gone}

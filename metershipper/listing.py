@@ -65,6 +65,7 @@ class Listing:
     _listed: dict[str, tuple[int, float]] = field(default_factory=dict)  # directory: its mtime, when it was listed
     _beneath: dict[str, list[str]] = field(default_factory=dict)  # directory: those in it
     _complaints: dict[str, str] = field(default_factory=dict)
+    _notices: dict[str, str] = field(default_factory=dict)
 
     def logs(self, known_inputs: Collection[str]) -> tuple[dict[Identity, Found], list[Found]]:
         """The regular files that the inputs name: the logs, and what is compressed beside one (`usage.log*`).
@@ -190,12 +191,13 @@ class Listing:
     def complain(self, path: str, problem: str, *, failed: bool = True) -> None:
         """Log a problem of a path once, and again only when it changes. `failed`: what is there is not known."""
         self.failed |= failed
-        if self._complaints.get(path) != problem:
-            self._complaints[path] = problem
+        told = self._complaints if failed else self._notices
+        if told.get(path) != problem:
+            told[path] = problem
             log.warning("%s: %s", path, problem)
 
     def forgive(self, path: str) -> None:
-        """Whatever was wrong with a path is over."""
+        """It can be looked at again."""
         self._complaints.pop(path, None)
 
 

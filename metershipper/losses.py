@@ -4,7 +4,7 @@ Owns the waiting before an alarm. Never looks for files: `files` says what is mi
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -38,13 +38,13 @@ class Losses:
         """Read what is known already."""
         self._gaps = {gap.file_id: gap for gap in self.book.gaps()}
 
-    def missing(self, records: Iterable[StoredFile]) -> None:
-        """These files held more, or may have, and their content is nowhere: report those missing for long enough."""
+    def missing(self, records: Sequence[tuple[StoredFile, Lost]]) -> None:
+        """These files held more, or may have, and it can't be read: report what was so for long enough."""
         now = self.clock()
-        since = {record.file_id: self._missing_since.get(record.file_id, now) for record in records}
-        for record in records:
+        since = {record.file_id: self._missing_since.get(record.file_id, now) for record, _ in records}
+        for record, reason in records:
             if now - since[record.file_id] >= PATIENCE_SECONDS:
-                self.report(record, Lost.TRUNCATED if record.identity is None else Lost.VANISHED)
+                self.report(record, reason)
         self._missing_since = since
 
     @property

@@ -58,6 +58,11 @@ class StoredFile:
         return None if self.device is None or self.inode is None else (self.device, self.inode)
 
     @property
+    def is_blank(self) -> bool:
+        """Whether nothing was ever seen in it, so that its content can't be known again."""
+        return not self.head.length and not self.position
+
+    @property
     def is_complete(self) -> bool:
         """Whether all that it will ever hold is settled, as far as anybody can know."""
         return self.history or (self.seen_bytes is not None and self.position >= self.seen_bytes)

@@ -12,7 +12,7 @@ COMPRESSED_SUFFIXES = (".gz", ".zst")
 FOREIGN_SUFFIXES = (".bz2", ".xz", ".lz4", ".Z", ".zip")
 
 _NUMBERED = re.compile(r"\d[\w\-.:]*").fullmatch  # usage.log|.1, usage.log|-2026-11-21T10:00
-_DATED = re.compile(r"\d[\d\-_T:.]*").fullmatch  # usage|-2026-11-21|.log, usage|.1|.log
+_DATED = re.compile(r"\.\d[\d\-_T:.]*|[\-_](?=(?:\D*\d){6})\d[\d\-_T:.]*").fullmatch  # usage|-2026-11-21|.log
 _LEFT_BEHIND = ("~", ".swp", ".tmp", ".bak")
 
 
@@ -34,7 +34,7 @@ def logs_of(name: str) -> Iterator[str]:
     last_dot = plain.rfind(".")
     for at in range(len(plain) - 2, 0, -1):
         if plain[at] in ".-_" and plain[at + 1].isdigit():
-            if at < last_dot and _DATED(plain, at + 1, last_dot):
+            if at < last_dot and _DATED(plain, at, last_dot):
                 yield plain[:at] + plain[last_dot:]
             if _NUMBERED(plain, at + 1):
                 yield plain[:at]

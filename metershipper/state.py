@@ -94,7 +94,10 @@ def _try_lock(fd: int, kind: int) -> bool:
 def make_private_directory(directory: Path) -> None:
     """Create the state directory for this user alone. Raises StateError, naming what to do."""
     try:
+        missing = [path for path in (directory, *directory.absolute().parents) if not path.exists()]
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for created in missing:
+            sync_directory(created.absolute().parent)
         writable = os.access(directory, os.W_OK | os.X_OK)
     except OSError as error:
         raise StateError(

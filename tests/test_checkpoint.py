@@ -2,36 +2,27 @@
 
 import contextlib
 import os
-import signal
 import sqlite3
-import stat
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from metershipper.books import Books, Count, Dead
 from metershipper.checkpoint import DATABASE_NAME, Checkpoint
-from metershipper.errors import StateError, StateInUse
+from metershipper.errors import StateError
 from metershipper.events import DeadLetter
 from metershipper.ledger import Settled
 from metershipper.records import NewFile, Sample, StoredFile
-from metershipper.schema import SCHEMA_VERSION
-from metershipper.state import LOCK_NAME, StateLock, holder_of, make_private_directory
+from metershipper.state import LOCK_NAME, StateLock, make_private_directory
+from tests.test_files import Site, append, lines, rotate
 
-NOBODY = 65534
+DAY = 86400.0
 HEAD, TAIL = Sample.of(b"first\n"), Sample.of(b"last\n")
-HOLD = """
-import sys, time
-from pathlib import Path
-from metershipper.state import StateLock
-with StateLock(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
 # A disk on which nothing more can be written: files may not grow, in this process.
 FULL_DISK = """
 import resource, sys
@@ -202,22 +193,6 @@ def test_every_commit_is_synced_to_the_disk(checkpoint: Checkpoint) -> None:
 # Who may see it
 
 
-@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
-def test_the_state_is_private_whatever_the_umask(tmp_path: Path, umask: int) -> None:
-    """Guarantee 7: 0700 and 0600."""
-    before = os.umask(umask)
-    try:
-        with StateLock(tmp_path / "deep" / "state") as lock, Checkpoint(tmp_path / "deep" / "state") as checkpoint:
-            assert isinstance(lock, StateLock)
-            checkpoint.register([new(1)])
-            modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "deep" / "state").iterdir()}
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "deep" / "state").stat().st_mode) == 0o700
-    assert {DATABASE_NAME, f"{DATABASE_NAME}-wal", LOCK_NAME} <= set(modes)
-    assert set(modes.values()) == {0o600}
-
-
 @pytest.mark.parametrize(("name", "opens"), [(DATABASE_NAME, Checkpoint), (LOCK_NAME, StateLock)])
 def test_a_symbolic_link_in_the_place_of_the_state_is_refused(
     directory: Path, tmp_path: Path, name: str, opens: type[Checkpoint] | type[StateLock]
@@ -229,84 +204,144 @@ def test_a_symbolic_link_in_the_place_of_the_state_is_refused(
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_a_directory_that_can_not_be_made_is_told_with_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(StateError, match=r"file/state: can't be created: Not a directory; create it for this user or"):
-        make_private_directory(tmp_path / "file" / "state")
+# Months of rotations, and clocks that are wrong
 
 
-def test_a_directory_of_another_user_is_told_with_what_to_do(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    real, effective, _ = os.getresuid()
-    if effective == 0:
-        os.setresuid(NOBODY, 0, 0)  # whether a directory is writable is asked for the real user
-    try:
-        with pytest.raises(StateError, match="not writable by this user; change its owner or set"):
-            make_private_directory(tmp_path)
-    finally:
-        if effective == 0:
-            os.setresuid(real, 0, 0)
+@dataclass
+class Clock:
+    """The wall clock of every module that looks at it."""
+
+    now: float = 1_790_000_000.0
+
+    def time(self) -> float:
+        return self.now
+
+    def monotonic(self) -> float:
+        raise AssertionError("not for these modules")
 
 
-def test_a_directory_that_refuses_everybody_is_told_with_what_to_do() -> None:
-    """Also for root: nothing can be written in /proc/1."""
-    with pytest.raises(StateError, match=r"/proc/1.*set state.directory"):
-        make_private_directory(Path("/proc/1/state"))
+@pytest.fixture
+def wall_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in ("checkpoint", "known", "listing"):
+        monkeypatch.setattr(f"metershipper.{module}.time", clock)
+    return clock
 
 
-# One process at a time
+def rows(directory: Path, table: str) -> int:
+    with database(directory) as db:
+        return int(db.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
 
 
-def test_a_second_process_is_refused_and_told_who_holds_the_state(directory: Path) -> None:
-    """(case 34)"""
-    before = len(os.listdir("/proc/self/fd"))
-    with StateLock(directory):
-        with pytest.raises(StateInUse) as refused, StateLock(directory):
-            pass
-        assert str(directory) in str(refused.value)
-        assert f"in use by process {os.getpid()};" in str(refused.value)
-        assert holder_of(directory) == os.getpid()
-    assert holder_of(directory) is None
-    assert len(os.listdir("/proc/self/fd")) == before
+def test_years_of_rotations_leave_a_state_of_bounded_size_and_exact_books(
+    directory: Path, checkpoint: Checkpoint, wall_clock: Clock
+) -> None:
+    """Case 37: a file is dropped when it is gone and no server would know its events again; its counts stay."""
+    checkpoint._db.execute("PRAGMA synchronous = OFF")  # it is not about this
+    most = 0
+    for day in range(3000):
+        (file_id,) = checkpoint.register([new(day)])
+        checkpoint.commit([settled(file_id, 40, 3, letters=day % 2)])
+        wall_clock.now += DAY
+        checkpoint.forget({file_id}, wall_clock.now)
+        if day % 100 == 0:
+            most = max(most, rows(directory, "files"))
+    assert 45 <= most <= 47
+    assert rows(directory, "files") <= most
+    assert rows(directory, "books") <= most * len(checkpoint.books()) + len(checkpoint.books())
+    books = checkpoint.books()
+    assert books.balanced
+    assert (books[Count.LINES], books.dead_letters) == (9000, 1500)
 
 
-def test_a_kill_leaves_no_stale_lock(directory: Path) -> None:
-    """The kernel lets go of it, whatever is written in the file (case 34)."""
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(directory)], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"held\n"
-        assert holder_of(directory) == process.pid
-        with pytest.raises(StateInUse, match=f"process {process.pid};"), StateLock(directory):
-            pass
-        process.send_signal(signal.SIGKILL)
-    assert (directory / LOCK_NAME).read_text().rstrip() == str(process.pid)
-    assert holder_of(directory) is None
-    with StateLock(directory):
-        assert holder_of(directory) == os.getpid()
+def test_months_of_rotations_leave_nothing_behind_in_memory_and_on_disk(tmp_path: Path, wall_clock: Clock) -> None:
+    """Case 37, with real files: logrotate keeps two, and the process runs on."""
+    site = Site(tmp_path).start()
+    most = 0
+    for day in range(200):
+        append(site.log, lines(day * 3, 3))
+        assert site.read() == lines(day * 3, 3)
+        rotate(site.log)
+        Path(f"{site.log}.3").unlink(missing_ok=True)
+        wall_clock.now += DAY
+        site.pass_time(DAY)
+        assert site.read() == b""
+        most = max(most, len(site.files._known.records()))
+    assert most <= 50
+    assert rows(site.state, "files") <= 50
+    assert len(site.files.followed()) <= 2
+    assert site.checkpoint.books() == Books(lines=600)
+    site.restart()
+    assert site.read() == b""
+    site.stop()
 
 
-def test_the_lock_waits_out_a_look_at_it(directory: Path) -> None:
-    """`status` holds it for an instant to see whether it is free."""
-    with contextlib.ExitStack() as held:
-        held.enter_context(StateLock(directory))
-        threading.Timer(0.1, held.close).start()
-        with StateLock(directory):
-            assert holder_of(directory) == os.getpid()
+@pytest.mark.parametrize("jump_days", [1, -1, 100, -10_000, 10_000])
+def test_a_jump_of_the_wall_clock_reads_nothing_again(tmp_path: Path, wall_clock: Clock, jump_days: int) -> None:
+    """Case 35: nothing that is there is forgotten, whatever the time is said to be, then and after it was set right."""
+    site = Site(tmp_path).start()
+    append(site.log, lines(0, 3))
+    assert site.read() == lines(0, 3)
+    rotate(site.log)
+    append(site.log, lines(3, 3))
+    assert site.read() == lines(3, 3)
+    for jump in (jump_days, -jump_days):
+        wall_clock.now += jump * DAY
+        site.pass_time(DAY)  # often enough to forget what is to be forgotten
+        assert site.read() == b""
+        site.restart()
+        assert site.read() == b""
+        site.pass_time(DAY)
+        assert site.read() == b""
+    append(site.log, lines(6, 3))
+    assert site.read() == lines(6, 3)
+    assert len(site.checkpoint.files()) == 2
+    assert site.checkpoint.books() == Books(lines=9)
+    site.stop()
 
 
-def test_a_holder_that_wrote_no_id_yet_is_still_a_holder(directory: Path) -> None:
-    with StateLock(directory):
-        (directory / LOCK_NAME).write_bytes(b"")
-        assert holder_of(directory) == 0
-        with pytest.raises(StateInUse, match="in use by process unknown"), StateLock(directory):
-            pass
+@pytest.mark.parametrize("days", [-20_000, -1, 1, 3650])
+def test_times_of_files_that_are_wrong_read_nothing_again(tmp_path: Path, days: int) -> None:
+    """Case 35: modified in the future, or before there was Kong; only content says what was read."""
+    site = Site(tmp_path).start()
+    for number in range(0, 9, 3):
+        append(site.log, lines(number, 3))
+        for path in site.logs.iterdir():
+            os.utime(path, (1_790_000_000 + days * DAY,) * 2)
+        assert site.read() == lines(number, 3)
+        rotate(site.log)
+    for path in site.logs.iterdir():
+        os.utime(path, (1_790_000_000 - days * DAY,) * 2)
+    site.pass_time(DAY)
+    assert site.read() == b""
+    site.restart()
+    assert site.read() == b""
+    site.stop()
 
 
-def test_nobody_holds_a_directory_that_is_not_there(tmp_path: Path) -> None:
-    assert holder_of(tmp_path / "state") is None
+def test_a_log_that_is_not_configured_for_a_while_is_not_forgotten_as_long_as_it_is_there(
+    tmp_path: Path, wall_clock: Clock
+) -> None:
+    """Cases 36, 37: a file is dropped only when it is gone. No server would know its events again by then."""
+    site = Site(tmp_path)
+    other = site.logs / "other.log"
+    site.paths = [str(site.log), str(other)]
+    site.start()
+    append(site.log, lines(0, 3))
+    append(other, lines(100, 3))
+    assert sorted(site.read().splitlines()) == sorted((lines(0, 3) + lines(100, 3)).splitlines())
+    site.paths = [str(site.log)]
+    site.restart()
+    wall_clock.now += 100 * DAY
+    site.pass_time(100 * DAY)
+    assert site.read() == b""
+    site.paths = [str(site.log), str(other)]
+    site.restart()
+    assert site.read() == b""
+    site.stop()
 
 
-# Damage, other versions, full disks
+# Damage, full disks
 
 
 def damaged(data: bytes, kind: str) -> bytes:
@@ -344,17 +379,6 @@ def test_damage_that_can_still_be_read_is_refused(directory: Path) -> None:
         db.execute("UPDATE sqlite_schema SET sql = replace(sql, 'device INTEGER', 'device INTEGER NOT NULL')")
     with pytest.raises(StateError, match=r"can't be read \(NULL value in files.device\)"), Checkpoint(directory):
         pass
-
-
-@pytest.mark.parametrize("read_only", [False, True], ids=["run", "status"])
-def test_a_newer_schema_is_refused(directory: Path, read_only: bool) -> None:
-    """An older version does not touch what it does not know (case 36)."""
-    with Checkpoint(directory), database(directory) as db:
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
-    data = (directory / DATABASE_NAME).read_bytes()
-    with pytest.raises(StateError, match="written by a newer metershipper"):
-        Checkpoint(directory, read_only=read_only).__enter__()
-    assert (directory / DATABASE_NAME).read_bytes() == data
 
 
 def test_a_start_that_was_killed_while_the_file_was_made_is_finished_by_the_next(directory: Path) -> None:

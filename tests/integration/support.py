@@ -21,7 +21,7 @@ from metershipper.checkpoint import Checkpoint
 from metershipper.errors import StateError
 from metershipper.mapper import Mapper
 from metershipper.metering import Metering, Subject
-from metershipper.sandbox import Store, accept
+from metershipper.sandbox import Json, Store, accept
 
 DEADLINE_SECONDS = 60.0
 
@@ -131,6 +131,7 @@ class Site:
     directory: Path
     url: str
     extra: str = ""
+    environment: dict[str, str] | None = None  # of the process; None: that of the test
 
     def __post_init__(self) -> None:
         self.log = self.directory / "usage.log"
@@ -164,7 +165,7 @@ field = "username"
         """`metershipper run` as a process; it does not outlive the block."""
         with self.errors.open("ab") as errors:
             command = [sys.executable, "-m", "metershipper", "run", "-c", str(self.config), *options]
-            with subprocess.Popen(command, stderr=errors) as process:
+            with subprocess.Popen(command, stderr=errors, env=self.environment) as process:
                 try:
                     yield process
                 finally:
@@ -214,3 +215,24 @@ def append(path: Path, *lines: bytes) -> None:
 def expected_ids(lines: list[bytes]) -> list[str]:
     """The ids of the events that these lines must become, in order."""
     return [event.id for event in Mapper(Metering(subject=Subject(field="username"))).map_lines(b"".join(lines)).events]
+
+
+class TimedStore(Store):
+    """Remembers when each event was accepted (`time.monotonic_ns`), and every id in the order in which it came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accepted: dict[str, int] = {}
+        self.received: list[str] = []
+
+    def add(self, events: list[Json], now: str) -> None:
+        super().add(events, now)
+        ids = [event["id"] for event in events]
+        self.received += ids
+        for each in ids:
+            self.accepted.setdefault(each, time.monotonic_ns())
+
+
+def unmeasured() -> dict[str, str]:
+    """An environment in which coverage does not measure the process: one that is killed reports nothing anyway."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
