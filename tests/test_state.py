@@ -245,9 +245,8 @@ def test_a_checkpoint_that_is_gone_is_refused_and_told_with_what_to_do(directory
         path.unlink()
     with StateLock(directory) as lock, pytest.raises(StateError) as refused:
         Checkpoint(directory, expected=lock.was_used).__enter__()
-    assert str(refused.value).startswith(
-        f"{directory / DATABASE_NAME}: gone or empty, though this directory was in use."
-    )
+    words = str(refused.value)
+    assert words.startswith(f"{directory / DATABASE_NAME}: gone or empty, though this directory was in use.")
     assert "metershipper run --start-over" in str(refused.value)
     assert os.listdir(directory) == [LOCK_NAME]
 

@@ -236,7 +236,7 @@ class LogModel(RuleBasedStateMachine):
     def _look(self) -> None:
         self.files.scan()
         for log in self.logs:
-            log.seen = len(log.written)
+            log.seen = len(log.written) - bool(log.partial)
 
     def _reopen(self) -> None:
         self.process = ExitStack()
@@ -331,7 +331,7 @@ class LogModel(RuleBasedStateMachine):
             for log in self.logs:
                 if log.partial:
                     log.write(log.partial)
-                elif not log.path.exists():
+                if not log.path.exists():
                     log.reopen()
                     log.write(b"")  # a log that is gone for good may still come back with its volume: no alarm
             for _ in range(4):
