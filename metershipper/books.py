@@ -27,12 +27,14 @@ class Count(StrEnum):
     TOKENS_RESPONSE = "tokens.response"  # output tokens in those events
     FAILED_AI_CALLS = "calls.failed_ai_call"  # failed AI calls whose estimated tokens were not billed
     HASHED_IDS = "ids.hashed"  # billed entries without a request id (Kong before 3.5): id from a hash of the entry
+    NUL_BYTES = "bytes.nul"  # NUL bytes that were stepped over: a crash of the writer's machine, or a sparse file
 
 
 class Skip(StrEnum):
     """Why an entry was not billed, on purpose."""
 
     BLANK_LINE = "blank_line"
+    NOT_AN_ENTRY = "not_an_entry"  # a line of nginx; on a container's output, of any other program
     NO_SUBJECT = "no_subject"  # nobody to bill: no consumer, header or query parameter where the rule looks
     NO_USAGE = "no_usage"  # nothing the rules meter, for instance a plain request where only AI usage is metered
     RULE_DISABLED = "rule_disabled"  # the most specific rule says enabled = false

@@ -25,6 +25,7 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from metershipper.errors import ConfigError
+from metershipper.formats import Format
 from metershipper.lines import MAX_LINE_BYTES
 from metershipper.metering import ONE_OR_SEVERAL, Metering, Section
 
@@ -107,6 +108,7 @@ class FileInput(Section):
 
     path: str = Field(min_length=1)
     read_from: Literal["beginning", "end"] = "beginning"
+    format: Format = "auto"
 
     @field_validator("path")
     @classmethod

@@ -28,9 +28,9 @@ def explain_paths(metering: Metering, paths: tuple[str, ...], show: Callable[[di
 
 
 def _explained(mapper: Mapper, chunk: Chunk) -> list[Explained]:
-    if not chunk.overlong_bytes:
+    if chunk.overlong is None:
         return list(mapper.explain(chunk.data, chunk.start_offset))
-    fault = Unbillable(Dead.LINE_TOO_LONG, f"a line of {chunk.overlong_bytes} bytes")
+    fault = Unbillable(Dead.LINE_TOO_LONG, f"a line of {chunk.overlong.length} bytes")
     return [Explained(chunk.start_offset, None, None, fault, [])]
 
 

@@ -105,14 +105,8 @@ class FileSet:
     def _read(self, file: FollowedFile) -> Block | None:
         size = file.size_seen
         try:
-            if file.was_replaced():
-                if file.shrank() and not self._waited_for_size(file):
-                    return None
-                self._begin_again(file)
-                size = 0
-            file.shrunk_at = None
-            if not file.head.length:
-                self._identify(file)
+            if not self._is_known(file):
+                return None
             block = file.read_block(self.max_line_bytes)
         except OSError as error:
             self._fail(file, error)
@@ -122,6 +116,17 @@ class FileSet:
             return None
         self._notice_growth(file, size, grew=block is not None)
         return block
+
+    def _is_known(self, file: FollowedFile) -> bool:
+        """Whether it can be told what the file holds: what was read of it, other content from now on, or neither."""
+        if file.was_replaced():
+            if file.shrank() and not self._waited_for_size(file):
+                return False
+            self._begin_again(file)
+        file.shrunk_at = None
+        if not file.head.length:
+            self._identify(file)
+        return True
 
     def _notice_growth(self, file: FollowedFile, size: int, *, grew: bool = False) -> None:
         if not grew and file.size_seen == size:
@@ -210,11 +215,9 @@ class FileSet:
         """Also while nothing is read, as in an outage, know what there is: should it vanish, it can be told."""
         size = file.size_seen
         try:
-            if file.was_replaced():
+            if not self._is_known(file):
                 return
             file.look()
-            if not file.head.length:
-                self._identify(file)
             at_its_end = file.rotated and file.is_read and not file.grew()
         except OSError as error:
             self._fail(file, error)

@@ -1,32 +1,30 @@
 """`map`: entries from files or stdin to usage events on stdout, and a summary. Touches no network and no state."""
 
-import gzip
 import sys
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple, Protocol, cast
 
 import msgspec
 
+from metershipper.archive import MAGIC_BYTES, Damaged, compression_of, unpack
 from metershipper.books import DEAD_LETTERS, SKIPPED, Books, Count
 from metershipper.content import BLOCK_BYTES
 from metershipper.errors import MeterShipperError, UsageError
 from metershipper.events import DeadLetter, Mapped
-from metershipper.followed import KEPT_OF_OVERLONG_LINE_BYTES
-from metershipper.lines import MAX_LINE_BYTES, whole_lines
+from metershipper.formats import complete_lines
+from metershipper.lines import MAX_LINE_BYTES, Overlong, Skimmed, whole_lines
 from metershipper.mapper import Mapper, overlong_line
 from metershipper.metering import Metering
 
 STDIN = "-"
 SHOWN_BAD_LINES = 10
-GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 
 def map_paths(metering: Metering, paths: tuple[str, ...], out: BinaryIO, report: Callable[[str], None]) -> Books:
     """Map every path in turn; `out` gets the events as NDJSON, `report` the bad lines and the summary.
 
-    Files compressed with gzip are unpacked on the way.
+    Files compressed with gzip or zstd are unpacked on the way.
     Raises: UsageError naming a path that can't be opened, after the paths before it were mapped; MeterShipperError
     naming a damaged archive, after what could be unpacked of it was mapped.
     """
@@ -73,6 +71,8 @@ def summary(books: Books, kept_aside: str = "bad lines") -> list[str]:
         lines.append(f"AI calls not billed: failed_ai_call {failed} (only an estimate of their input was logged)")
     if hashed := books[Count.HASHED_IDS]:
         lines.append(f"ids: {hashed} entries have no request id (Kong before 3.5); theirs is a hash of the entry")
+    if nuls := books[Count.NUL_BYTES]:
+        lines.append(f"NUL bytes stepped over: {nuls} (a crash of the writer's machine, or a sparse file)")
     return lines
 
 
@@ -84,7 +84,7 @@ class _Source(Protocol):
 
 @contextmanager
 def opened(path: str) -> Iterator[_Source]:
-    """A path or stdin, unpacked when it is gzip. Raises as `map_paths` does."""
+    """A path or stdin; a file that is compressed is unpacked. Raises as `map_paths` does."""
     if path == STDIN:
         yield cast(_Source, sys.stdin.buffer)
         return
@@ -93,56 +93,80 @@ def opened(path: str) -> Iterator[_Source]:
     except OSError as error:
         raise UsageError(f"{path}: can't be read: {error.strerror}") from None
     with file:
-        magic = file.peek(len(ZSTD_MAGIC))
-        if magic.startswith(ZSTD_MAGIC):
-            raise UsageError(f"{path}: compressed with zstd; unpack it on the way: zstdcat {path} | metershipper map -")
+        compression = compression_of(file.peek(MAGIC_BYTES))
         try:
-            yield gzip.GzipFile(fileobj=file) if magic.startswith(GZIP_MAGIC) else file
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise MeterShipperError(f"{path}: damaged ({error}); mapped as far as it unpacks") from None
+            yield file if compression is None else _Unpacked(unpack(file, compression))
+        except Damaged as damaged:
+            raise MeterShipperError(f"{path}: damaged ({damaged}); mapped as far as it unpacks") from None
+
+
+class _Unpacked:
+    """Unpacked content as a source. Raises Damaged after all that could be unpacked was read."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._damaged: Damaged | None = None
+
+    def read1(self, size: int, /) -> bytes:
+        """At least `size` bytes; fewer only at the end."""
+        data = bytearray()
+        try:
+            while self._damaged is None and len(data) < size and (piece := next(self._pieces, b"")):
+                data += piece
+        except Damaged as damaged:
+            self._damaged = damaged
+        if self._damaged is not None and not data:
+            raise self._damaged
+        return bytes(data)
 
 
 class Chunk(NamedTuple):
-    """Whole lines at `start_offset`; when `overlong_bytes`, one line of that length, of which `data` is the head."""
+    """Whole records from `start_offset` to `end_offset`, or one `overlong` line."""
 
     data: bytes
     start_offset: int
-    overlong_bytes: int = 0
+    end_offset: int
+    overlong: Overlong | None = None
 
 
 def chunks_of(source: _Source) -> Iterator[Chunk]:
-    """A source in chunks of whole lines; the last line may lack its newline. Memory is bounded."""
+    """A source in chunks that tear neither lines nor records; the last line may lack its newline. Memory is bounded."""
     rest, offset = b"", 0
     while data := source.read1(BLOCK_BYTES):
         data = rest + data
-        length = whole_lines(data)
+        length = complete_lines(data)
+        if len(data) - length >= MAX_LINE_BYTES:
+            length = whole_lines(data)  # a record above the limit: its lines, as far as they are there
         if length:
-            yield Chunk(data[:length], offset)
+            yield Chunk(data[:length], offset, offset + length)
             offset += length
         rest = data[length:]
         if len(rest) >= MAX_LINE_BYTES:
-            head = rest[:KEPT_OF_OVERLONG_LINE_BYTES]
-            skipped, rest = _skip_line(source, len(rest))
-            yield Chunk(head, offset, skipped)
-            offset += skipped
+            skimmed = Skimmed()
+            skimmed.add(rest)
+            newline_bytes, rest = _skim_line(source, skimmed)
+            end = offset + skimmed.length + newline_bytes
+            yield Chunk(b"", offset, end, skimmed.ended())
+            offset = end
     if rest:
-        yield Chunk(rest, offset)
+        yield Chunk(rest, offset, offset + len(rest))
 
 
 def _mapped(mapper: Mapper, chunk: Chunk) -> Mapped:
-    if chunk.overlong_bytes:
-        return overlong_line(chunk.data, chunk.start_offset, chunk.start_offset + chunk.overlong_bytes)
+    if chunk.overlong is not None:
+        return overlong_line(chunk.overlong, chunk.start_offset, chunk.end_offset)
     return mapper.map_lines(chunk.data, chunk.start_offset)
 
 
-def _skip_line(source: _Source, length: int) -> tuple[int, bytes]:
-    """Step over a line of which `length` bytes were read: how long it is, and what follows it."""
+def _skim_line(source: _Source, skimmed: Skimmed) -> tuple[int, bytes]:
+    """Step over the rest of a line: how long its newline is, 0 when there is none, and what follows it."""
     while data := source.read1(BLOCK_BYTES):
         newline = data.find(b"\n")
         if newline >= 0:
-            return length + newline + 1, data[newline + 1 :]
-        length += len(data)
-    return length, b""
+            skimmed.add(data[:newline])
+            return 1, data[newline + 1 :]
+        skimmed.add(data)
+    return 0, b""
 
 
 def _bad_line(path: str, dead_letter: DeadLetter) -> str:

@@ -6,16 +6,14 @@ and so are NULs, which a crash of the writer's machine or a sparse file leave.
 """
 
 import os
-from dataclasses import dataclass, field, replace
-from hashlib import sha256
-from typing import Any
+from dataclasses import dataclass, replace
 
 from metershipper.archive import Damaged
 from metershipper.content import BLOCK_BYTES, TAIL_BYTES, Content
-from metershipper.lines import whole_lines
+from metershipper.formats import Format, complete_lines
+from metershipper.lines import Overlong, Skimmed, whole_lines
 from metershipper.records import Identity, Sample, Stamp, StoredFile
 
-KEPT_OF_OVERLONG_LINE_BYTES = 4096
 # NULs within a line, and this many of them: what stands before is torn and will never be completed.
 _NUL_RUN = bytes(4096)
 _ZEROS = bytes(BLOCK_BYTES)
@@ -24,18 +22,10 @@ _GROWTH = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Overlong:
-    """A line above the limit: its length in bytes and its hash, without its newline. Its beginning is the block's."""
-
-    length: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
 class Block:
-    """Whole lines of one file; the last one may lack its newline where nothing more will come.
+    """Whole lines of one file, in `format`; the last one may lack its newline where nothing more will come.
 
-    When `overlong`, `data` is the beginning of that one line. When `nul_bytes`, there are no lines, but that many NULs.
+    When there is no `data`, it is one `overlong` line, or so many `nul_bytes`.
     """
 
     file_id: int
@@ -45,23 +35,7 @@ class Block:
     tail: bytes
     overlong: Overlong | None = None
     nul_bytes: int = 0
-
-
-@dataclass(slots=True)
-class _Skimmed:
-    """A line above the limit, as far as it was read: its end is not found yet."""
-
-    head: bytes = b""
-    length: int = 0
-    digest: Any = field(default_factory=sha256)
-
-    def add(self, data: bytes) -> None:
-        self.head = self.head or data[:KEPT_OF_OVERLONG_LINE_BYTES]
-        self.length += len(data)
-        self.digest.update(data)
-
-    def ended(self) -> Overlong:
-        return Overlong(self.length, self.digest.hexdigest())
+    format: Format = "auto"
 
 
 @dataclass(slots=True, eq=False)
@@ -79,6 +53,7 @@ class FollowedFile:
     tail: bytes
     head: Sample
     rotated: bool = False
+    format: Format = "auto"
     rotated_at: float = 0.0
     active_at: float = 0.0
     shrunk_at: float | None = None
@@ -88,7 +63,7 @@ class FollowedFile:
     seen_bytes: int | None = None  # see `StoredFile`
     size_bytes: int = 0  # when it was last looked at; 0 of a compressed file
     _seen: tuple[int, int] = (-1, -1)  # the content's state when there was nothing more to read
-    _skimmed: _Skimmed | None = None
+    _skimmed: Skimmed | None = None
 
     @property
     def identity(self) -> Identity:
@@ -113,10 +88,12 @@ class FollowedFile:
             data = self.content.pread(wanted, self.offset)
             if data.startswith(b"\0") and (block := self._nuls(data, wanted)) is not None:
                 return block
-            length = whole_lines(data)
+            at_the_limit = wanted >= max_line_bytes and len(data) == wanted
+            # A container's record above the limit is torn into its lines.
+            length = complete_lines(data, self.format) or (whole_lines(data) if at_the_limit else 0)
             if length:
                 return self._advance(data[:length] if length < len(data) else data, length)
-            if wanted >= max_line_bytes and len(data) == wanted:
+            if at_the_limit:
                 return self._begin_to_step_over(data)
             if len(data) < wanted:
                 self._note_end()
@@ -147,11 +124,11 @@ class FollowedFile:
         torn = data.find(_NUL_RUN)
         if torn > 0:
             return self._advance(data[:torn], torn)
-        self._skimmed = _Skimmed()
+        self._skimmed = Skimmed()
         self._skimmed.add(data)
         return self._step_over(self._skimmed)
 
-    def _step_over(self, skimmed: _Skimmed) -> Block | None:
+    def _step_over(self, skimmed: Skimmed) -> Block | None:
         """Read a line that is too long to its end, in bounded memory; None while its end is not there yet."""
         while data := self.content.pread(BLOCK_BYTES, self.offset + skimmed.length):
             newline, torn = data.find(b"\n"), data.find(_NUL_RUN)
@@ -163,8 +140,8 @@ class FollowedFile:
         self._note_end()
         return None
 
-    def _skip(self, skimmed: _Skimmed, newline_bytes: int) -> Block:
-        return self._advance(skimmed.head, skimmed.length + newline_bytes, overlong=skimmed.ended())
+    def _skip(self, skimmed: Skimmed, newline_bytes: int) -> Block:
+        return self._advance(b"", skimmed.length + newline_bytes, overlong=skimmed.ended())
 
     def read_rest(self, max_line_bytes: int) -> Block | None:
         """An unfinished last line, of a file that will not grow any more. Raises OSError."""
@@ -179,7 +156,7 @@ class FollowedFile:
         start, self.offset = self.offset, self.offset + length
         self._skimmed = None
         self.tail = self.content.tail(self.offset) if length > len(data) else data[-TAIL_BYTES:]
-        return Block(self.file_id, start, self.offset, data, self.tail, overlong, nul_bytes)
+        return Block(self.file_id, start, self.offset, data, self.tail, overlong, nul_bytes, self.format)
 
     # What happened to the file
 

@@ -1,7 +1,8 @@
 """Maps lines of a Kong log to usage events: bytes in; events, books and dead letters out.
 
-Pure: no I/O, no clock, no randomness, no state between lines. What an entry becomes is told by `meter`, which settings
-hold for it by `rules`, what a line holds by `pieces`; here is how a line is taken from one to the other and counted.
+Pure: no I/O, no clock, no randomness, no state between calls. What an entry becomes is told by `meter`, which settings
+hold for it by `rules`, what a line holds by `formats` and `pieces`; here is how a line is taken from one to the other
+and counted.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 from metershipper.books import Books, Count, Dead, Skip
 from metershipper.entry import EntryDecoder, content_hash, field_names
 from metershipper.events import DeadLetter, Mapped, UsageEvent
+from metershipper.formats import NOT_WRAPPED, Format, Text, Unwrapper, apart_from_errors, is_foreign, unwrapped
+from metershipper.lines import Overlong, split_lines
 from metershipper.meter import Meter
 from metershipper.metering import Metering, MeteringSettings
 from metershipper.pieces import Piece, Unbillable, pieces, whole_object
@@ -55,24 +58,27 @@ class Mapper:
         # Without rules and filters there is nothing to choose: the hot path knows its meter.
         self._only = base if not named and not _has_filters(metering) else None
 
-    def map_lines(self, data: bytes, start_offset: int = 0) -> Mapped:
+    def map_lines(self, data: bytes, start_offset: int = 0, format: Format = "auto") -> Mapped:
         """Map `data`: whole lines, of which the last may lack its newline; `start_offset` is where they begin.
 
+        A container's record must not be cut by the end of `data` either (see `complete_lines`): a part of one is torn.
         Never raises for anything the lines hold.
         """
         mapped = Mapped()
         books, events = mapped.books, mapped.events
-        lines = _split(data)
+        lines = split_lines(data)
+        unwrapper = Unwrapper(format)
+        decode = _no_entry if format in NOT_WRAPPED else self._decode
         billed = entries = 0
-        offset = start_offset
+        offset, end = start_offset, start_offset + len(data)
         for line in lines:
-            entry = self._decode(line)
+            entry = decode(line)
             if entry is not None:
                 entries += 1
                 try:
                     found = self._bill(entry, line, books)
                 except Unbillable as fault:
-                    _keep(mapped, fault, line, offset, start_offset + len(data), line)
+                    _keep(mapped, fault, Text(line, offset, min(offset + len(line) + 1, end), None), line)
                 else:
                     if isinstance(found, Skip):
                         books.skip(found)
@@ -80,33 +86,42 @@ class Mapper:
                         events += found
                         billed += 1
             else:
-                for piece in _pieces(line):
-                    entries += 1
-                    billed += self._map_piece(piece, mapped, line, offset, start_offset + len(data))
+                if line.startswith(b"\0"):
+                    books[Count.NUL_BYTES] += len(line) - len(line.lstrip(b"\0"))
+                text = unwrapper.add(line, offset, min(offset + len(line) + 1, end))
+                if text is not None:
+                    self._map_text(text, format, mapped)
             offset += len(line) + 1
+        for text in unwrapper.rest():
+            self._map_text(text, format, mapped)
         books[Count.LINES] += len(lines)
         books[Count.ENTRIES] += entries
         books[Count.BILLED] += billed
         books[Count.EVENTS] += len(events)
         return mapped
 
-    def _map_piece(self, piece: Piece | Skip, mapped: Mapped, line: bytes, offset: int, end: int) -> int:
-        """Map one piece of a line the slow way. Returns how many entries were billed, 0 or 1."""
-        try:
-            found = self._bill_piece(piece, mapped.books)
-        except Unbillable as fault:
-            raw = piece.raw if isinstance(piece, Piece) and piece.raw else line
-            _keep(mapped, fault, line, offset, end, raw)
-            return 0
-        if isinstance(found, Skip):
-            mapped.books.skip(found)
-            return 0
-        mapped.events += found
-        return 1
+    def _map_text(self, text: Text, format: Format, mapped: Mapped) -> None:
+        """Map what is not simply one entry on a line of its own."""
+        entry = self._decode(text.payload) if text.wrapper else None
+        for piece in _pieces(text, format) if entry is None else [entry]:
+            mapped.books[Count.ENTRIES] += 1
+            try:
+                found = self._bill_piece(piece, text.payload, mapped.books)
+            except Unbillable as fault:
+                raw = piece.raw if isinstance(piece, Piece) and piece.raw else text.payload
+                _keep(mapped, fault, text, raw)
+            else:
+                if isinstance(found, Skip):
+                    mapped.books.skip(found)
+                else:
+                    mapped.events += found
+                    mapped.books[Count.BILLED] += 1
 
-    def _bill_piece(self, piece: Piece | Skip, books: Books) -> list[UsageEvent] | Skip:
+    def _bill_piece(self, piece: Piece | Skip | AnyEntry, line: bytes, books: Books) -> list[UsageEvent] | Skip:
         if isinstance(piece, Skip):
             return piece
+        if not isinstance(piece, Piece):
+            return self._bill(piece, line, books)
         if piece.fault is not None:
             raise piece.fault
         value = piece.value or {}
@@ -131,20 +146,18 @@ class Mapper:
             books[Count.HASHED_IDS] += 1
         return found
 
-    def explain(self, data: bytes, start_offset: int = 0) -> Iterator[Explained]:
+    def explain(self, data: bytes, start_offset: int = 0, format: Format = "auto") -> Iterator[Explained]:
         """As `map_lines`, but one entry after the other, each with what became of it and by which rule."""
-        offset = start_offset
-        for line in _split(data):
-            for piece in _pieces(line):
-                yield self._explain_piece(piece, offset)
-            offset += len(line) + 1
+        for text in unwrapped(data, start_offset, format):
+            for piece in _pieces(text, format):
+                yield self._explain_piece(piece, text.start_offset)
 
     def _explain_piece(self, piece: Piece | Skip, offset: int) -> Explained:
         request_id = rule = None
         events: list[UsageEvent] = []
         outcome: Skip | Unbillable | None = None
         try:
-            found = self._bill_piece(piece, Books())
+            found = self._bill_piece(piece, b"", Books())
             if isinstance(found, Skip):
                 outcome = found
             else:
@@ -165,37 +178,45 @@ class Mapper:
         return entry.request.id or None, self._rules.name_for(entry)
 
 
-def overlong_line(head: bytes, start_offset: int, end_offset: int) -> Mapped:
-    """A line above the limit, of which only the beginning was read: one dead letter."""
+def overlong_line(line: Overlong, start_offset: int, end_offset: int) -> Mapped:
+    """A line above the limit: one dead letter, with what is kept of it."""
     mapped = Mapped()
     mapped.books[Count.LINES] += 1
     mapped.books[Count.ENTRIES] += 1
     mapped.books.dead_letter(Dead.LINE_TOO_LONG)
-    detail = f"a line of {end_offset - start_offset} bytes; its beginning is kept"
-    mapped.dead_letters.append(DeadLetter(start_offset, end_offset, Dead.LINE_TOO_LONG, detail, head))
+    detail = f"a line of {line.length} bytes, SHA-256 {line.sha256}; its beginning is kept"
+    mapped.dead_letters.append(DeadLetter(start_offset, end_offset, Dead.LINE_TOO_LONG, detail, line.head))
     return mapped
+
+
+def nuls(count: int) -> Mapped:
+    """NULs where lines should be: counted, and nothing else."""
+    return Mapped(books=Books({Count.NUL_BYTES: count}))
 
 
 def _object_of(source: bytes | dict[str, Any]) -> dict[str, Any]:
     return whole_object(source) if isinstance(source, bytes) else source
 
 
-def _split(data: bytes) -> list[bytes]:
-    lines = data.split(b"\n")
-    if not lines[-1]:
-        lines.pop()
-    return lines
+def _no_entry(_: bytes) -> None:
+    """Stands for the decoder where no line is an entry as it is."""
 
 
-def _pieces(line: bytes) -> "list[Piece | Skip]":
-    return [*pieces(line)] if line and not line.isspace() else [Skip.BLANK_LINE]
+def _pieces(text: Text, format: Format) -> "list[Piece | Skip]":
+    if not text.payload.strip(b"\0").strip():
+        return [Skip.BLANK_LINE]
+    if format in NOT_WRAPPED and text.wrapper is None:
+        return [Piece(None, Unbillable(Dead.NOT_JSON, NOT_WRAPPED[format]), text.payload)]
+    found = apart_from_errors(pieces(text.payload))
+    if format == "ndjson":
+        return [*found]
+    return [Skip.NOT_AN_ENTRY if is_foreign(piece, wrapped=text.wrapper is not None) else piece for piece in found]
 
 
-def _keep(mapped: Mapped, fault: Unbillable, line: bytes, offset: int, end: int, raw: bytes) -> None:
+def _keep(mapped: Mapped, fault: Unbillable, text: Text, raw: bytes) -> None:
     """Keep a line, or a piece of it, aside."""
     mapped.books.dead_letter(fault.reason)
-    end_offset = min(offset + len(line) + 1, end)
-    mapped.dead_letters.append(DeadLetter(offset, end_offset, fault.reason, fault.detail, raw))
+    mapped.dead_letters.append(DeadLetter(text.start_offset, text.end_offset, fault.reason, fault.detail, raw))
 
 
 def _names_read(everything: list[MeteringSettings]) -> tuple[set[str], set[str]]:

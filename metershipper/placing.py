@@ -279,6 +279,7 @@ class Placing:
         opened.kept = True
         file.active_at = file.rotated_at = self.clock()
         file.found_at, file.stamp = found.path, stamp_of(found)
+        file.format = next(entry.format for entry in self.inputs if entry.path == found.input)
         file.size_bytes = 0 if opened.content.compressed else found.status.st_size
         self.known.known_logs[found.log] = found.input
         self.known.mark_present(found, file.file_id)

@@ -23,7 +23,7 @@ from metershipper.events import Mapped
 from metershipper.files import FileSet
 from metershipper.followed import Block
 from metershipper.ledger import Ledger, Settled, merge
-from metershipper.mapper import Mapper, overlong_line
+from metershipper.mapper import Mapper, nuls, overlong_line
 from metershipper.openmeter import Endpoint
 from metershipper.shipper import REPEAT_LOG_SECONDS, Shipper
 from metershipper.state import StateLock
@@ -152,11 +152,11 @@ class Sidecar:
 
     def _take(self, block: Block) -> None:
         if block.nul_bytes:
-            mapped = Mapped()
+            mapped = nuls(block.nul_bytes)
         elif block.overlong is not None:
-            mapped = overlong_line(block.data, block.start_offset, block.end_offset)
+            mapped = overlong_line(block.overlong, block.start_offset, block.end_offset)
         else:
-            mapped = self._mapper.map_lines(block.data, block.start_offset)
+            mapped = self._mapper.map_lines(block.data, block.start_offset, block.format)
         span = Span.of(block.file_id, block.end_offset, block.tail, mapped)
         self._tell_dead_letters(mapped)
         self._ledger.opened(span)

@@ -66,11 +66,11 @@ def test_the_names_are_a_closed_list_that_others_rely_on() -> None:
     """The checkpoint, `status --json` and `map` show these names: renaming one breaks a stored state."""
     assert {*Count} == {
         "lines", "entries", "billed", "events", "tokens.request", "tokens.response", "calls.failed_ai_call",
-        "ids.hashed",
+        "ids.hashed", "bytes.nul",
     }  # fmt: skip
     assert {*Skip} == {
-        "blank_line", "no_subject", "no_usage", "rule_disabled", "filtered_method", "filtered_status", "filtered_path",
-        "filtered_workspace", "failed_ai_call", "stream_session",
+        "blank_line", "not_an_entry", "no_subject", "no_usage", "rule_disabled", "filtered_method", "filtered_status",
+        "filtered_path", "filtered_workspace", "failed_ai_call", "stream_session",
     }  # fmt: skip
     assert {*Dead} == {
         "not_json", "not_an_entry", "line_too_long", "bad_started_at", "bad_token_count", "bad_subject", "no_subject",

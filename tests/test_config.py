@@ -113,7 +113,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
             "batch": {"max_events": 500, "max_bytes": 1_000_000, "max_wait_seconds": 1.0},
             "retry": {"initial_delay_seconds": 0.5, "max_delay_seconds": 60.0},
         },
-        "inputs": {"files": []},
+        "inputs": {"files": [], "max_line_bytes": 16 * 1024 * 1024},
         "state": {"directory": "/var/lib/metershipper"},
         "metering": {
             "source": "kong",
@@ -136,7 +136,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
             "workspaces": [],
         },
     }
-    assert FileInput(path="x").read_from == "beginning"
+    assert (FileInput(path="x").read_from, FileInput(path="x").format) == ("beginning", "auto")
 
 
 def test_a_file_may_set_everything(tmp_path: Path) -> None:
@@ -155,6 +155,7 @@ def test_a_file_may_set_everything(tmp_path: Path) -> None:
             [[inputs.files]]
             path = "/var/log/kong/*.log"
             read_from = "end"
+            format = "cri"
             [[inputs.files]]
             path = "/var/log/kong-2/usage.log"
             [state]
@@ -396,6 +397,10 @@ def test_every_problem_is_told_at_once_one_line_each(tmp_path: Path) -> None:
         (
             '[[inputs.files]]\npath = "a"\nread_from = "start"',
             "inputs.files.0.read_from: should be 'beginning' or 'end'",
+        ),
+        (
+            '[[inputs.files]]\npath = "a"\nformat = "containerd"',
+            "inputs.files.0.format: should be 'auto', 'ndjson', 'cri' or 'docker' (it is 'containerd')",
         ),
         ('[[inputs.files]]\npath = "a"\n[[inputs.files]]\npath = "a"', "inputs.files: path 'a' stands twice"),
         ("[state]\ndirectory = 5", "state.directory: should be a path"),

@@ -113,3 +113,15 @@ def test_json_alone_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["map", "--json", str(tmp_path)])
     assert result.exit_code == 2
     assert "--json goes with --explain" in result.stderr
+
+
+def test_a_record_of_a_container_is_explained_where_it_begins(tmp_path: Path) -> None:
+    stamp, line = b"2026-11-21T10:00:00.1Z stdout ", LINES[0]
+    data = b"\n" + stamp + b"P " + line[:50] + b"\n" + stamp + b"F " + line[50:] + stamp + b"F started\n"
+    told = [json.loads(line) for line in explain(tmp_path, "--json", data=data).output.splitlines()]
+    assert [(report["offset"], report["outcome"], report.get("reason")) for report in told] == [
+        (0, "skipped", "blank_line"),
+        (1, "billed", None),
+        (data.rindex(stamp), "skipped", "not_an_entry"),
+    ]
+    assert told[1]["request_id"] == "r0"

@@ -20,8 +20,9 @@ from metershipper.checkpoint import DATABASE_NAME, Checkpoint
 from metershipper.config import FileInput
 from metershipper.content import BLOCK_BYTES
 from metershipper.files import ROTATED_IDLE_SECONDS, STALE_SIZE_SECONDS, FileSet
-from metershipper.followed import KEPT_OF_OVERLONG_LINE_BYTES, Block, Overlong
+from metershipper.followed import Block
 from metershipper.ledger import Settled
+from metershipper.lines import KEPT_OF_OVERLONG_LINE_BYTES, Overlong
 from metershipper.listing import LISTING_SECONDS
 from metershipper.state import make_private_directory
 
@@ -31,6 +32,11 @@ NOBODY = 65534
 def lines(first: int, count: int = 1, width: int = 0) -> bytes:
     """Numbered lines, each unlike any other."""
     return b"".join(b'{"number":%d,"padding":"%s"}\n' % (n, b"x" * width) for n in range(first, first + count))
+
+
+def overlong(line: bytes) -> Overlong:
+    """What is told of a line above the limit."""
+    return Overlong(len(line), sha256(line).hexdigest(), line[:KEPT_OF_OVERLONG_LINE_BYTES])
 
 
 def append(path: Path, data: bytes) -> None:
@@ -230,8 +236,7 @@ def test_a_line_above_the_limit_is_one_block_in_bounded_memory(tmp_path: Path) -
         tracemalloc.stop()
     assert peak < 6 * BLOCK_BYTES
     assert (first.data, first.overlong) == (lines(0), None)
-    assert long.data == b"x" * KEPT_OF_OVERLONG_LINE_BYTES
-    assert long.overlong == Overlong(32 * BLOCK_BYTES, sha256(b"x" * 32 * BLOCK_BYTES).hexdigest())
+    assert (long.data, long.overlong) == (b"", overlong(b"x" * 32 * BLOCK_BYTES))
     assert long.end_offset - long.start_offset == 32 * BLOCK_BYTES + 1
     assert (last.data, last.start_offset, last.overlong) == (lines(1), long.end_offset, None)
     site.settle([first, long, last])
@@ -252,7 +257,7 @@ def test_a_line_above_the_limit_that_is_not_finished_is_held(tmp_path: Path) -> 
     append(site.log, b"\n" + lines(0))
     long, last = site.blocks()
     assert (long.end_offset, last.data) == (3 * BLOCK_BYTES + 1, lines(0))
-    assert long.overlong == Overlong(3 * BLOCK_BYTES, sha256(b"x" * 3 * BLOCK_BYTES).hexdigest())
+    assert long.overlong == overlong(b"x" * 3 * BLOCK_BYTES)
     site.stop()
 
 
@@ -436,8 +441,7 @@ def test_an_unterminated_last_line_above_the_limit_is_one_overlong_block(tmp_pat
     assert site.read() == b""
     site.pass_time(ROTATED_IDLE_SECONDS + 1)
     (rest,) = site.blocks()
-    assert rest.data == b"x" * KEPT_OF_OVERLONG_LINE_BYTES
-    assert rest.overlong == Overlong(3 * BLOCK_BYTES, sha256(b"x" * 3 * BLOCK_BYTES).hexdigest())
+    assert rest.overlong == overlong(b"x" * 3 * BLOCK_BYTES)
     assert rest.end_offset == len(lines(0)) + 3 * BLOCK_BYTES
     site.pass_time(LISTING_SECONDS)
     assert site.blocks() == []

@@ -7,7 +7,6 @@ import shutil
 import sqlite3
 import tracemalloc
 from collections.abc import Callable, Iterator
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -16,10 +15,9 @@ from metershipper.books import Count
 from metershipper.checkpoint import DATABASE_NAME
 from metershipper.content import BLOCK_BYTES, Content
 from metershipper.files import REOPENED_WITHIN_SECONDS, ROTATED_IDLE_SECONDS, STALE_SIZE_SECONDS
-from metershipper.followed import KEPT_OF_OVERLONG_LINE_BYTES, Overlong
 from metershipper.listing import LISTING_SECONDS
 from metershipper.losses import PATIENCE_SECONDS
-from tests.test_files import Site, append, copytruncate, lines, rewrite, rotate
+from tests.test_files import Site, append, copytruncate, lines, overlong, rewrite, rotate
 
 lives = pytest.mark.parametrize("stopped", [False, True], ids=["live", "stopped"])
 
@@ -629,10 +627,9 @@ def test_nuls_end_an_overlong_line(tmp_path: Path) -> None:
     append(site.log, torn + bytes(BLOCK_BYTES) + lines(0))
     blocks = site.start().blocks()
     assert blocks[0].overlong is not None
-    assert blocks[0].data == b"x" * KEPT_OF_OVERLONG_LINE_BYTES
     assert b"".join(block.data for block in blocks[1:]) == lines(0)
     assert blocks[0].overlong.length + sum(block.nul_bytes for block in blocks) == len(torn) + BLOCK_BYTES
-    assert blocks[0].overlong == Overlong(len(torn), sha256(torn).hexdigest())
+    assert blocks[0].overlong == overlong(torn)
     site.stop()
 
 
@@ -654,8 +651,7 @@ def test_a_line_above_the_limit_that_comes_in_pieces_is_described_as_a_whole(tmp
     append(old(site), b"\n" + lines(1))
     long, after, new = site.blocks()
     whole = b"".join(pieces)
-    assert long.overlong == Overlong(len(whole), sha256(whole).hexdigest())
-    assert long.data == whole[:KEPT_OF_OVERLONG_LINE_BYTES]
+    assert long.overlong == overlong(whole)
     assert (after.data, new.data) == (lines(1), lines(2))
     site.stop()
 
@@ -671,7 +667,7 @@ def test_a_line_above_the_limit_is_searched_anew_after_a_restart(tmp_path: Path)
     assert site.blocks() == []
     append(site.log, b"\n" + lines(1))
     first, second = site.blocks()
-    assert first.overlong == Overlong(len(long), sha256(long).hexdigest())
+    assert first.overlong == overlong(long)
     assert (first.start_offset, second.data) == (len(lines(0)), lines(1))
     site.stop()
 

@@ -3,14 +3,17 @@
 import gzip
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
+import zstandard
 from click.testing import CliRunner, Result
 
 from metershipper.cli import cli
@@ -162,6 +165,7 @@ def test_a_line_above_the_limit_costs_no_other_line(tmp_path: Path, end: str) ->
     """Case 21: one dead letter, the next line unaffected; also where it begins and ends inside of a block."""
     size = MAX_LINE_BYTES + 3 * BLOCK_BYTES // 2
     long = b'{"request":{"id":"' + b"x" * (size - 18)
+    assert len(long) == size
     before, after = {
         "in the middle": (good(1, 2), b"\n" + good(3) + b"bad\n" + good(4)),
         "at the end": (good(1, 2), b"\n"),
@@ -175,7 +179,7 @@ def test_a_line_above_the_limit_costs_no_other_line(tmp_path: Path, end: str) ->
     length = size + (1 if after else 0)
     assert result.stderr.splitlines()[0] == (
         f"bad line: {log}, bytes {len(before)}-{len(before) + length}: line_too_long: "
-        f"a line of {length} bytes; its beginning is kept"
+        f"a line of {size} bytes, SHA-256 {sha256(long).hexdigest()}; its beginning is kept"
     )
     assert "bad lines: line_too_long 1" in result.stderr
     if end == "in the middle":
@@ -215,12 +219,21 @@ def test_a_damaged_gz_is_mapped_as_far_as_it_unpacks_and_fails(tmp_path: Path, d
     assert "lines: " in result.stderr and "Traceback" not in result.stderr
 
 
-def test_a_zst_is_refused_with_the_way_to_read_it(tmp_path: Path) -> None:
+def test_a_zst_is_unpacked(tmp_path: Path) -> None:
+    """Whatever its name; in pieces, none of which tears a line."""
+    path = tmp_path / "usage.log.1"
+    path.write_bytes(zstandard.compress(good(*range(1, 2000))))
+    assert ids_of(run_map(path)) == good_ids(*range(1, 2000))
+
+
+def test_a_zst_that_ends_too_early_is_mapped_as_far_as_it_unpacks(tmp_path: Path) -> None:
+    """Case 29."""
     path = tmp_path / "usage.log.zst"
-    path.write_bytes(b"\x28\xb5\x2f\xfd" + bytes(50))
+    packed = zstandard.compress(good(1) + random.Random(1).randbytes(400_000).hex().encode() + b"\n" + good(2))
+    path.write_bytes(packed[: len(packed) - 3])
     result = run_map(path)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert f"{path}: compressed with zstd; unpack it on the way: zstdcat {path} | metershipper map -\n" in result.stderr
+    assert (result.exit_code, ids_of(result)[:1]) == (1, good_ids(1))
+    assert f"{path}: damaged (it ends in the middle); mapped as far as it unpacks" in result.stderr
 
 
 def test_a_path_that_cannot_be_read_ends_the_run_after_those_before_it(tmp_path: Path) -> None:
@@ -304,3 +317,53 @@ def test_a_reader_that_leaves_early_gets_no_traceback(traffic: tuple[bytes, Trut
         process.stdout.close()
         assert b"Traceback" not in process.stderr.read()
     assert process.returncode in (0, 1)
+
+
+STAMP = b"2026-11-21T10:00:00.123456789Z"
+
+
+def cri(text: bytes, tag: bytes = b"F", stream: bytes = b"stdout") -> bytes:
+    return STAMP + b" " + stream + b" " + tag + b" " + text + b"\n"
+
+
+def test_the_log_of_a_container_is_mapped_as_it_is(tmp_path: Path) -> None:
+    """CRI, as Kubernetes keeps it: cut records, two streams, nginx's own lines, a hole left by a crash."""
+    access = b'10.0.0.1 - - [21/Nov/2026:10:00:00 +0000] "GET /a HTTP/1.1" 200 5 "-" "curl/8"'
+    entries = [GOOD[:-1] % number for number in range(3)]
+    log = tmp_path / "0.log"
+    log.write_bytes(
+        cri(b"2026/11/21 10:00:00 [notice] 1#0: start worker processes", stream=b"stderr")
+        + cri(entries[0][:40], b"P") + cri(b"stack traceback:", stream=b"stderr") + cri(entries[0][40:])
+        + cri(access) + b"\0\0\0" + cri(entries[1]) + cri(b'{"torn') + cri(entries[2])[:-1]
+    )  # fmt: skip
+    process = subprocess.run([*COMMAND, str(log)], capture_output=True, timeout=60)
+    assert process.returncode == 0
+    assert [json.loads(line)["id"] for line in process.stdout.splitlines()] == good_ids(0, 1, 2)
+    start = log.read_bytes().index(cri(b'{"torn'))
+    assert process.stderr.decode().splitlines() == [
+        f"bad line: {log}, bytes {start}-{start + len(cri(b'{' + b'torn')) + 1}: not_json: "
+        "not valid JSON at character 1",
+        "8 lines: 3 entries billed, 3 skipped, 1 bad lines",
+        "3 events; tokens: 0 request (input), 0 response (output)",
+        "skipped: not_an_entry 3",
+        "bad lines: not_json 1",
+        "NUL bytes stepped over: 3 (a crash of the writer's machine, or a sparse file)",
+    ]
+
+
+def test_a_cut_record_over_the_end_of_a_block_is_not_torn() -> None:
+    """Case 21: blocks end where a record does, so that one of several megabytes is billed from any of its parts on."""
+    long = (GOOD % 1).replace(b"}\n", b',"x":"' + b"y" * (3 * BLOCK_BYTES) + b'"}')
+    parts = [long[start : start + 16_384] for start in range(0, len(long), 16_384)]
+    data = cri(GOOD[:-1] % 0) + b"".join(cri(part, b"P") for part in parts[:-1]) + cri(parts[-1]) + cri(GOOD[:-1] % 2)
+    assert ids_of(run_map(stdin=data)) == good_ids(0, 1, 2)
+
+
+def test_a_record_above_the_limit_costs_no_other() -> None:
+    """Case 21: memory stays bounded; the parts of such a record are bad lines, and what stands around it is billed."""
+    part = cri(b'"y","z":' * 2048, b"P")
+    count = MAX_LINE_BYTES // len(part) + 100
+    data = cri(GOOD[:-1] % 0) + cri(GOOD[:-3] % 1, b"P") + part * count + cri(b'"}') + cri(GOOD[:-1] % 2)
+    result = run_map(stdin=data)
+    assert ids_of(result) == good_ids(0, 2)
+    assert f"{count + 4} lines: 2 entries billed, 0 skipped" in result.stderr

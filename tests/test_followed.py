@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from metershipper import content as content_module
 from metershipper import followed
 from metershipper.content import BLOCK_BYTES, HEAD_BYTES, TAIL_BYTES, Content, end_of_lines
-from metershipper.followed import KEPT_OF_OVERLONG_LINE_BYTES, Block, FollowedFile, Overlong
+from metershipper.followed import Block, FollowedFile
+from metershipper.lines import KEPT_OF_OVERLONG_LINE_BYTES, Overlong
 from metershipper.records import Sample, StoredFile
 
 Follow = Callable[..., FollowedFile]
@@ -71,8 +72,8 @@ def test_the_limit_of_a_line_counts_its_newline(follow: Follow, length: int) -> 
     if length <= LIMIT:
         assert (first.overlong, first.data + second.data) == (None, line + b"next\n")
     else:
-        assert first.data == line[:KEPT_OF_OVERLONG_LINE_BYTES]
-        assert first.overlong == Overlong(length - 1, sha256(line[:-1]).hexdigest())
+        head = line[:KEPT_OF_OVERLONG_LINE_BYTES]
+        assert (first.data, first.overlong) == (b"", Overlong(length - 1, sha256(line[:-1]).hexdigest(), head))
         assert first.tail == line[-TAIL_BYTES:]
         assert (second.data, second.start_offset) == (b"next\n", length)
 
@@ -133,8 +134,8 @@ def test_a_rest_above_the_limit_is_overlong(follow: Follow) -> None:
     blocks_of(file)
     rest = file.read_rest(LIMIT)
     assert rest is not None
-    assert (rest.data, rest.end_offset) == (b"x" * KEPT_OF_OVERLONG_LINE_BYTES, 4 + LIMIT)
-    assert rest.overlong == Overlong(LIMIT, sha256(b"x" * LIMIT).hexdigest())
+    assert (rest.data, rest.end_offset) == (b"", 4 + LIMIT)
+    assert rest.overlong == Overlong(LIMIT, sha256(b"x" * LIMIT).hexdigest(), b"x" * KEPT_OF_OVERLONG_LINE_BYTES)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from metershipper.books import DEAD_LETTERS, SKIPPED, Count, Dead, Skip
+from metershipper.books import DEAD_LETTERS, SKIPPED, Books, Count, Dead, Skip
 from metershipper.events import Mapped
-from metershipper.mapper import Explained, Mapper, overlong_line
+from metershipper.formats import Format
+from metershipper.lines import Overlong
+from metershipper.mapper import Explained, Mapper, nuls, overlong_line
 from metershipper.meter import as_bytes_count
 from metershipper.metering import API_FIELDS, LLM_FIELDS, Attribute, Metering, Rule, Subject
 from metershipper.pieces import Unbillable, pieces
@@ -680,7 +682,8 @@ OUTCOMES: dict[str, tuple[Skip | Dead | None, bytes, Json]] = {
     ),
     "a stream session": (Skip.STREAM_SESSION, b'{"session":{"sent":1},"started_at":1}', {}),
     "cut": (Dead.NOT_JSON, logged()[:-1], {}),
-    "an access-log line of nginx": (Dead.NOT_JSON, b'10.0.0.1 - - [x] "GET / HTTP/1.1" 200', {}),
+    "a line of nginx": (Skip.NOT_AN_ENTRY, b'2026/07/01 12:00:00 [notice] 1#0: signal process started', {}),
+    "a line that only begins like nginx's": (Dead.NOT_JSON, b'10.0.0.1 - - [x] "GET / HTTP/1.1" 200', {}),
     "nested 100,000 deep": (Dead.NOT_JSON, b"[" * 100_000, {}),
     "nested 100,000 deep in an entry": (
         Dead.NOT_JSON, logged()[:-1] + b',"x":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}", {},
@@ -688,7 +691,7 @@ OUTCOMES: dict[str, tuple[Skip | Dead | None, bytes, Json]] = {
     "nested too deep to be hashed": (
         Dead.NOT_JSON, line_of(WITHOUT_ID)[:-1] + b',"x":' + b"[" * 800 + b"]" * 800 + b"}", {},
     ),
-    "NUL bytes": (Dead.NOT_JSON, b"\0" * 4096, {}),
+    "NUL bytes": (Skip.BLANK_LINE, b"\0" * 4096, {}),
     "NUL bytes within": (Dead.NOT_JSON, logged().replace(b",", b"\0,", 1), {}),
     "invalid UTF-8 outside of text": (Dead.NOT_JSON, b"\xff\xfe", {}),
     "top-level array of an entry": (None, b"[" + logged() + b"]", {}),
@@ -758,22 +761,31 @@ def test_every_line_has_exactly_one_outcome(outcome: Skip | Dead | None, line: b
 def test_the_outcomes_above_are_all_there_are() -> None:
     """Every reason of the closed lists is reached; LINE_TOO_LONG by the readers, through `overlong_line`."""
     reached = {outcome for outcome, _, _ in OUTCOMES.values()} - {None}
-    reached |= {letter.reason for letter in overlong_line(b"{", 0, 20_000_000).dead_letters}
+    reached |= {
+        letter.reason for letter in overlong_line(Overlong(20_000_000, "ab" * 32, b"{"), 0, 20_000_000).dead_letters
+    }
     assert reached == {*Skip, *Dead}
 
 
 def test_a_line_above_the_limit_is_one_dead_letter_with_its_beginning() -> None:
     """Case 21."""
-    mapped = overlong_line(b'{"request":', 100, 20_000_100)
+    mapped = overlong_line(Overlong(19_999_999, "ab" * 32, b'{"request":'), 100, 20_000_100)
     check_books(mapped, 1)
     (letter,) = mapped.dead_letters
     assert letter == (
         100,
         20_000_100,
         Dead.LINE_TOO_LONG,
-        "a line of 20000000 bytes; its beginning is kept",
+        f"a line of 19999999 bytes, SHA-256 {'ab' * 32}; its beginning is kept",
         b'{"request":',
     )
+
+
+def test_nuls_where_lines_should_be_are_counted() -> None:
+    """Case 23."""
+    mapped = nuls(4096)
+    assert mapped.books == Books({Count.NUL_BYTES: 4096})
+    assert (mapped.events, mapped.dead_letters, mapped.books.balanced) == ([], [], True)
 
 
 @pytest.mark.parametrize(
@@ -1318,3 +1330,139 @@ def test_traffic_of_all_kongs_is_billed_to_the_last_token() -> None:
             data_of = event["data"]
             tokens[event["subject"], data_of["model"], data_of["type"]] += data_of["tokens"]
     assert requests == truth.api_requests and tokens == truth.tokens
+
+
+# Containers' logs, and what stands among the entries there.
+
+STAMP = "2026-11-21T10:00:00.123456789Z"
+NGINX = b'10.0.0.1 - - [21/Nov/2026:10:00:00 +0000] "GET /a HTTP/1.1" 200 5 "-" "curl/8"'
+NGINX_ERROR = b'2026/11/21 10:00:00 [error] 1#0: *5 bad, client: 10.0.0.1, server: kong, request: "GET / HTTP/1.1"'
+
+
+def as_cri(line: bytes, size: int = 1000) -> bytes:
+    """As containerd writes it, cut after `size` bytes."""
+    parts = [line[start : start + size] for start in range(0, len(line), size)] or [b""]
+    tags = ["P"] * (len(parts) - 1) + ["F"]
+    return b"".join(f"{STAMP} stdout {tag} ".encode() + part + b"\n" for tag, part in zip(tags, parts, strict=True))
+
+
+def as_docker(line: bytes, size: int = 1000) -> bytes:
+    text = line.decode() + "\n"
+    parts = [text[start : start + size] for start in range(0, len(text), size)]
+    return b"".join(
+        json.dumps({"log": part, "stream": "stdout", "time": STAMP}, separators=(",", ":")).encode() + b"\n"
+        for part in parts
+    )
+
+
+WRAPPERS: dict[Format, Callable[[bytes], bytes]] = {"cri": as_cri, "docker": as_docker}
+
+
+def test_an_entry_is_billed_alike_however_its_log_was_written() -> None:
+    traffic = Traffic(5, started_at_ms=STARTED_AT)
+    lines = [traffic.line()[:-1] for _ in range(300)]
+    mapper = Mapper(Metering())
+    plain = mapper.map_lines(b"\n".join(lines))
+    check_books(plain, 300)
+    written: list[tuple[bytes, Format]] = [(b"".join(map(wrap, lines)), name) for name, wrap in WRAPPERS.items()]
+    three = [as_cri, as_docker, lambda line: line + b"\n"]
+    written.append((b"".join(three[number % 3](line) for number, line in enumerate(lines)), "auto"))
+    for data, format in written:
+        for told in (format, "auto"):
+            mapped = mapper.map_lines(data, 0, told)
+            check_books(mapped, data.count(b"\n"), 300)
+            assert events_of(mapped) == events_of(plain)
+            assert len([*mapper.explain(data, 0, told)]) == 300
+
+
+@pytest.mark.parametrize("format", WRAPPERS)
+@pytest.mark.parametrize(("outcome", "line", "metering"), OUTCOMES.values(), ids=OUTCOMES)
+def test_a_wrapped_line_has_the_outcome_of_the_line_itself(
+    outcome: Skip | Dead | None, line: bytes, metering: Json, format: Format
+) -> None:
+    """Cases 4 and 22 to 25; but other programs' lines, which have no place in a file of Kong's own, are skipped."""
+    if format == "docker":
+        line = line.decode("utf-8", "replace").encode()
+    before, data = as_cri(b""), WRAPPERS[format](line)
+    mapped = Mapper(Metering(**metering)).map_lines(before + data + before, 1000)
+    check_books(mapped, (before + data + before).count(b"\n"), 3)
+    mapped.books.subtract({SKIPPED + Skip.BLANK_LINE: 2})
+    told = [*mapped.books.by_reason(SKIPPED), *mapped.books.by_reason(DEAD_LETTERS)]
+    is_other = told == [Skip.NOT_AN_ENTRY] and not any(mark in line for mark in (b'"request":', b"started_at"))
+    assert told == ([] if outcome is None else [outcome]) or is_other
+    for letter in mapped.dead_letters:
+        assert letter.line == line
+        assert (letter.start_offset, letter.end_offset) == (1000 + len(before), 1000 + len(before + data))
+
+
+@pytest.mark.parametrize("format", WRAPPERS)
+def test_in_a_fixed_format_any_other_line_is_kept_aside(format: Format) -> None:
+    """Also an entry: it was not written by what the configuration says writes there. A blank line is none."""
+    data = WRAPPERS[format](GOOD) + GOOD + b"\n" + NGINX + b"\n\n"
+    mapped = Mapper(Metering()).map_lines(data, 0, format)
+    check_books(mapped, data.count(b"\n"), 4)
+    assert mapped.books[Count.BILLED] == 1 and mapped.books.by_reason(SKIPPED) == {Skip.BLANK_LINE: 1}
+    words = {"cri": "not a CRI line", "docker": "not a line of Docker's json-file"}[format]
+    kept = [(letter.reason, letter.detail, letter.line) for letter in mapped.dead_letters]
+    assert kept == [(Dead.NOT_JSON, words, GOOD), (Dead.NOT_JSON, words, NGINX)]
+
+
+def test_in_ndjson_nothing_is_unwrapped_and_nothing_skipped_as_foreign() -> None:
+    data = NGINX + b"\n" + as_docker(GOOD, 10_000) + GOOD
+    mapped = Mapper(Metering()).map_lines(data, 0, "ndjson")
+    check_books(mapped, 3)
+    assert mapped.books.by_reason(DEAD_LETTERS) == {Dead.NOT_JSON: 1, Dead.NOT_AN_ENTRY: 1}
+
+
+STDOUT: dict[str, tuple[bytes, int, int, list[bytes]]] = {
+    # the line; how many entries are billed, how many skipped as no entry, what is kept aside
+    "nginx's access log": (NGINX, 0, 1, []),
+    "nginx's error log": (NGINX_ERROR, 0, 1, []),
+    "nginx before an entry": (NGINX + GOOD, 1, 1, []),
+    "nginx between entries": (GOOD + NGINX + SECOND, 2, 1, []),
+    "nginx behind an entry": (GOOD + NGINX_ERROR, 1, 1, []),
+    "nginx within a torn entry": (GOOD[:100] + NGINX, 0, 0, [GOOD[:100] + NGINX]),
+    "a torn entry behind nginx": (NGINX + GOOD[:100], 0, 0, [NGINX + GOOD[:100]]),
+    "a torn entry, nginx, an entry": (GOOD[:100] + NGINX + SECOND, 1, 0, [GOOD[:100] + NGINX]),
+    "an entry behind the error log, which might be a client's": (NGINX_ERROR + GOOD, 0, 0, [NGINX_ERROR + GOOD]),
+}
+
+
+@pytest.mark.parametrize("wrap", [lambda line: line + b"\n", as_cri, as_docker], ids=["plain", "cri", "docker"])
+@pytest.mark.parametrize(("line", "billed", "skipped", "kept"), STDOUT.values(), ids=STDOUT)
+def test_lines_of_nginx_are_counted_and_nothing_of_an_entry_with_them(
+    wrap: Callable[[bytes], bytes], line: bytes, billed: int, skipped: int, kept: list[bytes]
+) -> None:
+    """Case 4: on stdout entries stand among nginx's lines, and above 4096 bytes within them."""
+    data = wrap(line)
+    mapped = Mapper(Metering()).map_lines(data)
+    check_books(mapped, data.count(b"\n"), billed + skipped + len(kept))
+    assert mapped.books[Count.BILLED] == billed
+    assert mapped.books.by_reason(SKIPPED) == ({Skip.NOT_AN_ENTRY: skipped} if skipped else {})
+    assert [letter.line.replace(b" ", b"") for letter in mapped.dead_letters] == [
+        raw.replace(b" ", b"") for raw in kept
+    ]
+
+
+@pytest.mark.parametrize("wrap", [lambda line: line + b"\n", as_cri, as_docker], ids=["plain", "cri", "docker"])
+@pytest.mark.parametrize(
+    "hostile",
+    [NGINX.decode(), NGINX_ERROR.decode(), f"{STAMP} stdout P ", '{"log":"', "\ud800" + NGINX_ERROR.decode(), "\0"],
+)
+def test_no_client_escapes_billing_by_what_it_sends(wrap: Callable[[bytes], bytes], hostile: str) -> None:
+    """Case 22: whatever a header or a path holds, the request is billed."""
+    headers = {"user-agent": hostile, hostile: hostile}
+    line = json.dumps(ENTRY | {"request": REQUEST | {"uri": hostile, "headers": headers}}).encode()
+    mapped = Mapper(Metering()).map_lines(wrap(line) + wrap(b"[" + line + b"]") + wrap(GOOD[:50] + line))
+    assert mapped.books[Count.BILLED] == 3 and len(mapped.dead_letters) == 1
+
+
+def test_nul_bytes_before_an_entry_are_counted() -> None:
+    """Case 23."""
+    data = b"\0" * 1000 + GOOD + b"\n" + b"\0" * 24 + b"\n" + SECOND + b"\n\0" + as_cri(GOOD) + b"\0" + NGINX
+    mapped = Mapper(Metering()).map_lines(data)
+    check_books(mapped, data.count(b"\n") + 1, 5)
+    assert mapped.books[Count.NUL_BYTES] == 1026
+    assert mapped.books[Count.BILLED] == 3
+    assert mapped.books.by_reason(SKIPPED) == {Skip.BLANK_LINE: 1, Skip.NOT_AN_ENTRY: 1}
+    assert Count.NUL_BYTES not in Mapper(Metering()).map_lines(GOOD).books
