@@ -125,13 +125,13 @@ class Sidecar:
         async with asyncio.TaskGroup() as tasks:
             reader = tasks.create_task(self._read(tailer))
             workers = [tasks.create_task(shipper.work()) for _ in range(self._config.openmeter.max_in_flight)]
-            watcher = tasks.create_task(tailer.watch())
+            watchers = [tasks.create_task(tailer.watch()), tasks.create_task(tailer.look_around())]
             await self._stop.wait()
             tailer.stop()
             drained = tasks.create_task(self._drain(reader))
             forced = tasks.create_task(self._stop_now.wait())
             await asyncio.wait({drained, forced}, timeout=self._grace_seconds, return_when=asyncio.FIRST_COMPLETED)
-            for task in (reader, drained, forced, watcher, *workers):
+            for task in (reader, drained, forced, *watchers, *workers):
                 task.cancel()
 
     async def _drain(self, reader: "asyncio.Task[None]") -> None:

@@ -1,13 +1,12 @@
 """Follows the configured files and yields blocks of whole lines: the async face of `files`.
 
 Owns the waiting: for changes that the kernel reports (watchfiles), and a poll for file systems that report none. All
-blocking file work goes to a thread here, one call at a time. Never maps a line and never moves a position.
+blocking file work goes to a thread here. Never maps a line and never moves a position.
 """
 
 import asyncio
 import logging
 import sqlite3
-import time
 
 from watchfiles import awatch
 
@@ -16,21 +15,23 @@ from metershipper.followed import Block
 
 log = logging.getLogger("metershipper.tailer")
 
-# New, renamed and rotated files are found within this; it also is the poll where the kernel reports no changes.
+# New, renamed and rotated files are found within this.
 POLL_SECONDS = 0.5
+# Where the kernel reports no changes, the open files are looked at this often.
+UNWATCHED_SECONDS = 0.2
 # Kernel events are gathered for this long before they wake the reader: a busy log would report every line.
 WATCH_STEP_MS = 50
 WATCH_DEBOUNCE_MS = 100
 
 
 class Tailer:
-    """Blocks of lines from a `FileSet`, as they appear. One reader at a time."""
+    """Blocks of lines from a `FileSet`, as they appear. One reader at a time, beside `look_around` and `watch`."""
 
     def __init__(self, files: FileSet, poll_seconds: float = POLL_SECONDS) -> None:
         self._files = files
         self._poll_seconds = poll_seconds
+        self._wait_seconds: float | None = None
         self._wake = asyncio.Event()
-        self._scan_at = 0.0
         self._directories: set[str] = set()
         self._directories_changed = asyncio.Event()
         self._stopped = False
@@ -46,35 +47,48 @@ class Tailer:
         self._wake.set()
 
     async def next_block(self, wait_seconds: float | None) -> Block | None:
-        """The next block; None when there was none for `wait_seconds` or a poll's length, whichever is shorter."""
+        """The next block; None when there is none after `wait_seconds`, or when something else than lines came up."""
         self._wake.clear()
         if self._stopped:
             return None
-        block = await self._look()
+        block = await self._read()
         if block is not None:
             return block
-        until_scan = max(0.0, self._scan_at - time.monotonic())
+        waits = [seconds for seconds in (wait_seconds, self._wait_seconds) if seconds is not None]
         try:
-            async with asyncio.timeout(until_scan if wait_seconds is None else min(until_scan, wait_seconds)):
+            async with asyncio.timeout(min(waits, default=None)):
                 await self._wake.wait()
         except TimeoutError:
             return None
-        return None if self._stopped else await self._look()
+        return None if self._stopped else await self._read()
 
-    async def _look(self) -> Block | None:
+    async def _read(self) -> Block | None:
         try:
-            if time.monotonic() >= self._scan_at:
-                await self._scan()
             return await asyncio.to_thread(self._files.next_block)
         except sqlite3.OperationalError as error:
-            # What is read must be known to the checkpoint first: nothing was stepped over.
-            log.error("files can't be recorded (%s); nothing is lost, trying again", error)
-            self._scan_at = time.monotonic() + self._poll_seconds
+            self._complain(error)
+            await asyncio.sleep(self._poll_seconds)
             return None
+
+    async def look_around(self) -> None:
+        """Look for new and rotated files, also while nothing is read: what is open can't be deleted unread.
+
+        Until cancelled.
+        """
+        while True:
+            await asyncio.sleep(self._poll_seconds)
+            try:
+                await self._scan()
+            except sqlite3.OperationalError as error:
+                self._complain(error)
+            self._wake.set()
+
+    def _complain(self, error: sqlite3.OperationalError) -> None:
+        # What is read must be known to the checkpoint first: nothing was stepped over.
+        log.error("files can't be recorded (%s); nothing is lost, trying again", error)
 
     async def _scan(self) -> None:
         await asyncio.to_thread(self._files.scan)
-        self._scan_at = time.monotonic() + self._poll_seconds
         directories = await asyncio.to_thread(self._files.directories)
         if directories != self._directories:
             self._directories = directories
@@ -90,8 +104,9 @@ class Tailer:
             try:
                 await self._watch(sorted(self._directories))
             except (OSError, RuntimeError) as error:
-                # No inotify here, or no watches left: the poll goes on, and a change of directories tries again.
-                log.warning("the kernel reports no changes (%s); looking every %g s", error, self._poll_seconds)
+                # No inotify here, or no watches left: polling does it, and a change of directories tries again.
+                self._wait_seconds = UNWATCHED_SECONDS
+                log.warning("the kernel reports no changes (%s); looking every %g s", error, UNWATCHED_SECONDS)
                 await self._directories_changed.wait()
 
     async def _watch(self, directories: list[str]) -> None:

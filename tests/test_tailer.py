@@ -61,13 +61,25 @@ async def next_data(tailer: Tailer) -> bytes:
 
 @contextlib.asynccontextmanager
 async def watching(tailer: Tailer) -> AsyncIterator["asyncio.Task[None]"]:
-    watcher = asyncio.create_task(tailer.watch())
+    """With what runs beside the reader."""
+    async with looking_around(tailer):
+        watcher = asyncio.create_task(tailer.watch())
+        try:
+            yield watcher
+        finally:
+            watcher.cancel()
+            await asyncio.wait({watcher})
+
+
+@contextlib.asynccontextmanager
+async def looking_around(tailer: Tailer) -> AsyncIterator[None]:
+    """Where the kernel reports nothing."""
+    looking = asyncio.create_task(tailer.look_around())
     try:
-        yield watcher
+        yield
     finally:
-        watcher.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watcher
+        looking.cancel()
+        await asyncio.wait({looking})
 
 
 def test_lines_are_found_by_polling_alone(site: Site) -> None:
@@ -77,12 +89,13 @@ def test_lines_are_found_by_polling_alone(site: Site) -> None:
         tailer = Tailer(site.files, poll_seconds=0.01)
         await tailer.start()
         assert await tailer.next_block(0) is None
-        site.append(b"1\n")
-        assert await next_data(tailer) == b"1\n"
-        site.append(b"2\n")
-        site.log.rename(f"{site.log}.1")
-        site.append(b"3\n")
-        assert [await next_data(tailer) for _ in range(2)] == [b"2\n", b"3\n"]
+        async with looking_around(tailer):
+            site.append(b"1\n")
+            assert await next_data(tailer) == b"1\n"
+            site.append(b"2\n")
+            site.log.rename(f"{site.log}.1")
+            site.append(b"3\n")
+            assert [await next_data(tailer) for _ in range(2)] == [b"2\n", b"3\n"]
 
     asyncio.run(follow())
 
@@ -160,17 +173,18 @@ def test_without_kernel_events_the_poll_goes_on(site: Site, caplog: pytest.LogCa
             assert await next_data(tailer) == b"1\n"
             kong.write(b"2\n")
             assert await next_data(tailer) == b"2\n"
-        (site.logs / "deeper").mkdir()
-        site.log = site.logs / "deeper" / "usage.log"
-        site.append(b"3\n")
-        assert await next_data(tailer) == b"3\n"
+        async with looking_around(tailer):
+            (site.logs / "deeper").mkdir()
+            site.log = site.logs / "deeper" / "usage.log"
+            site.append(b"3\n")
+            assert await next_data(tailer) == b"3\n"
         await asyncio.wait({watcher}, timeout=0.05)
         assert not watcher.done()
         watcher.cancel()
         await asyncio.wait({watcher})
 
     asyncio.run(follow())
-    assert "Too many open files (os error 24)); looking every 0.01 s" in "".join(caplog.messages)
+    assert "Too many open files (os error 24)); looking every 0.2 s" in "".join(caplog.messages)
 
 
 def test_a_stop_ends_the_waiting_at_once_and_nothing_more_is_read(site: Site) -> None:
@@ -248,10 +262,11 @@ def test_a_state_that_can_not_be_written_is_tried_again(site: Site, caplog: pyte
         with contextlib.closing(sqlite3.connect(site.state / DATABASE_NAME, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             site.append(b"1\n")
-            async with asyncio.timeout(PATIENCE_SECONDS):
+            async with looking_around(tailer), asyncio.timeout(PATIENCE_SECONDS):
                 while len(caplog.messages) < 2:
                     assert await tailer.next_block(None) is None
-        assert await next_data(tailer) == b"1\n"
+        async with looking_around(tailer):
+            assert await next_data(tailer) == b"1\n"
 
     asyncio.run(follow())
     assert "files can't be recorded (database is locked); nothing is lost, trying again" in caplog.messages
