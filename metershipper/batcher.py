@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from metershipper.books import Books
-from metershipper.events import DeadLetter, Mapped, UsageEvent
+from metershipper.events import DeadLetter, Mapped, RefusedEvent, UsageEvent
 
 _encode = msgspec.json.Encoder().encode
 
@@ -24,11 +24,25 @@ class Span:
     books: Books
     dead_letters: list[DeadLetter]
     unsettled: int
+    start_offset: int = 0
+    read_at: float = 0.0  # seconds of a monotonic clock
+    refused: list[RefusedEvent] = field(default_factory=list)
 
     @classmethod
-    def of(cls, file_id: int, end_offset: int, tail: bytes, mapped: Mapped) -> "Span":
+    def of(
+        cls, file_id: int, end_offset: int, tail: bytes, mapped: Mapped, start_offset: int = 0, read_at: float = 0.0
+    ) -> "Span":
         """The span of lines that were mapped to `mapped`."""
-        return cls(file_id, end_offset, tail, mapped.books, mapped.dead_letters, len(mapped.events))
+        return cls(
+            *(file_id, end_offset, tail, mapped.books, mapped.dead_letters, len(mapped.events), start_offset, read_at)
+        )
+
+    def absorb(self, following: "Span") -> None:
+        """Become one with the span that follows in the same file; both are settled."""
+        self.end_offset, self.tail = following.end_offset, following.tail
+        self.books.update(following.books)
+        self.dead_letters += following.dead_letters
+        self.refused += following.refused
 
 
 @dataclass(slots=True, frozen=True)

@@ -3,8 +3,12 @@
 Pure counting; never reads, writes or logs. The books balance when
 
     entries = billed + skipped (by reason) + dead-lettered (by reason)
+    events = acknowledged + refused
 
 A line is one entry, but for an array of entries and for entries glued together, which count each (see `pieces`).
+The first line is about what Kong logged, the second about what the server took. An entry is billed when it became
+usage events; should the server take some of them and refuse one, the entry stays billed, and the event is counted as
+refused, with its tokens. So what was billed is `acknowledged` events, and of the tokens those that are not refused.
 
 Names appear unchanged in the checkpoint, in `status --json` and in `map`'s summary.
 """
@@ -26,6 +30,10 @@ class Count(StrEnum):
     TOKENS_REQUEST = "tokens.request"  # input tokens in those events
     TOKENS_RESPONSE = "tokens.response"  # output tokens in those events
     FAILED_AI_CALLS = "calls.failed_ai_call"  # failed AI calls whose estimated tokens were not billed
+    ACKNOWLEDGED = "events.acknowledged"  # events the server accepted
+    REFUSED = "events.refused"  # events it does not take, each kept as a dead letter
+    REFUSED_TOKENS_REQUEST = "refused.tokens.request"  # input tokens in those; part of `tokens.request`
+    REFUSED_TOKENS_RESPONSE = "refused.tokens.response"  # likewise output tokens
     HASHED_IDS = "ids.hashed"  # billed entries without a request id (Kong before 3.5): id from a hash of the entry
     NUL_BYTES = "bytes.nul"  # NUL bytes that were stepped over: a crash of the writer's machine, or a sparse file
 
@@ -47,7 +55,7 @@ class Skip(StrEnum):
 
 
 class Dead(StrEnum):
-    """Why a line was kept aside until a person acts."""
+    """Why a line was kept aside until a person acts; `REFUSED`: why an event was, of an entry that is billed."""
 
     NOT_JSON = "not_json"
     NOT_AN_ENTRY = "not_an_entry"
@@ -56,6 +64,7 @@ class Dead(StrEnum):
     BAD_TOKEN_COUNT = "bad_token_count"
     BAD_SUBJECT = "bad_subject"
     NO_SUBJECT = "no_subject"  # with on_missing_subject = "dead_letter"
+    REFUSED = "refused"  # an event that the server does not take, counted as `Count.REFUSED`
 
 
 class Books(Counter[str]):
@@ -88,3 +97,8 @@ class Books(Counter[str]):
     def balanced(self) -> bool:
         """Whether everything read has exactly one outcome."""
         return self[Count.ENTRIES] == self[Count.BILLED] + self.skipped + self.dead_letters
+
+    @property
+    def events_balanced(self) -> bool:
+        """Whether every event has exactly one outcome: true of what is settled, not of what was only mapped."""
+        return self[Count.EVENTS] == self[Count.ACKNOWLEDGED] + self[Count.REFUSED]

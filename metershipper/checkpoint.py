@@ -14,6 +14,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from metershipper.books import Books
+from metershipper.dead_letters import DeadLetterTable
 from metershipper.errors import StateError
 from metershipper.ledger import Settled
 from metershipper.records import Gap, Lost, NewFile, Sample, Stamp, StoredFile
@@ -136,7 +137,7 @@ class Checkpoint:
             return
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
-        with self._transaction():
+        with self.transaction():
             for migration in MIGRATIONS[version:]:
                 for statement in migration.split(";\n"):
                     self._db.execute(statement)
@@ -153,7 +154,8 @@ class Checkpoint:
         return StateError(f"{self._path}: nothing was recorded yet; start `metershipper run` first")
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def transaction(self) -> Iterator[None]:
+        """Everything within is recorded, durably, or nothing is."""
         with self._lock:
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -170,7 +172,7 @@ class Checkpoint:
         Raises: sqlite3.OperationalError (disk full, read-only); then nothing was recorded and it may be tried again.
         """
         now = time.time()
-        with self._transaction():
+        with self.transaction():
             for ground in settled:
                 tail = Sample.of(ground.tail)
                 self._db.execute(
@@ -181,18 +183,25 @@ class Checkpoint:
                     "INSERT INTO books VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count",
                     [(ground.file_id, str(name), count) for name, count in ground.books.items() if count],
                 )
-                self._db.executemany(
-                    "INSERT INTO dead_letters (file_id, start_offset, end_offset, reason, detail, line, kept_at)"
-                    " VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    [(ground.file_id, d[0], d[1], str(d.reason), d.detail, d.line, now) for d in ground.dead_letters],
-                )
+                self.dead_letters.keep(ground.file_id, [*ground.dead_letters, *ground.refused], now)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """No transaction of another thread goes on within."""
+        with self._lock:
+            yield
+
+    @property
+    def dead_letters(self) -> DeadLetterTable:
+        """What could not be billed; to be used within `reading`, and for changes within a `transaction`."""
+        return DeadLetterTable(self._db)
 
     # Files
 
     def register(self, files: Sequence[NewFile], inputs: Iterable[str] = ()) -> list[int]:
         """Give each new file its `file_id`, and remember `inputs` as seen, in one transaction."""
         ids: list[int] = []
-        with self._transaction():
+        with self.transaction():
             self._db.executemany("INSERT OR IGNORE INTO inputs VALUES (?)", [(path,) for path in inputs])
             for new in files:
                 if new.supersedes is not None:
@@ -211,7 +220,7 @@ class Checkpoint:
     def update(self, file: StoredFile) -> None:
         """Record where a file is seen now and what is known of it; its position and its tail are the commits' alone."""
         stamp = file.stamp or (None, None)
-        with self._transaction():
+        with self.transaction():
             # Two files are never in one place: whatever else was there has gone.
             self._db.execute(
                 "UPDATE files SET device = NULL, inode = NULL WHERE device = ? AND inode = ? AND file_id <> ?",
@@ -247,7 +256,7 @@ class Checkpoint:
         Args: `present`, the ids of files that still are there; `now`, seconds since the epoch.
         Returns: the ids of the dropped files.
         """
-        with self._transaction():
+        with self.transaction():
             self._db.executemany("UPDATE files SET seen_at = ? WHERE file_id = ?", [(now, each) for each in present])
             old = self._db.execute("SELECT file_id FROM files WHERE seen_at < ?", (now - FORGET_AFTER_SECONDS,))
             gone = [file_id for (file_id,) in old if file_id not in present]
@@ -275,14 +284,14 @@ class Checkpoint:
 
     def started_over(self) -> None:
         """Everything that is still there was found and is followed."""
-        with self._transaction():
+        with self.transaction():
             self._db.execute("DELETE FROM facts WHERE name = 'start_over'")
 
     # What is lost
 
     def report_gap(self, gap: Gap) -> None:
         """Remember a part of a log that can't be read any more."""
-        with self._transaction():
+        with self.transaction():
             self._db.execute(
                 "INSERT OR REPLACE INTO gaps VALUES (?, ?, ?, ?, ?, ?)",
                 (gap.file_id, gap.path, gap.start_offset, gap.end_offset, str(gap.reason), gap.found_at),
@@ -290,7 +299,7 @@ class Checkpoint:
 
     def withdraw_gap(self, file_id: int) -> None:
         """What was reported as lost was found after all."""
-        with self._transaction():
+        with self.transaction():
             self._db.execute("DELETE FROM gaps WHERE file_id = ?", (file_id,))
 
     def gaps(self) -> list[Gap]:

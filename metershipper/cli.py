@@ -57,7 +57,7 @@ def cli() -> None:
     nothing lost, nothing billed twice, every line accounted for.
 
     \b
-    Exit codes: 0 done, 1 failed, 2 wrong usage or configuration.
+    Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 partly done.
     """
 
 
@@ -82,6 +82,7 @@ def run(config_path: Path | None, grace_seconds: float, start_over: bool) -> Non
     After either nothing is lost: what was not acknowledged is read again at the next start.
     """
     from metershipper.config import require_for_run
+    from metershipper.logs import start_logging
     from metershipper.openmeter import Token
     from metershipper.sidecar import Sidecar
 
@@ -89,7 +90,7 @@ def run(config_path: Path | None, grace_seconds: float, start_over: bool) -> Non
         raise UsageError("--grace-seconds nan: not a number of seconds")
     config, where = _load(config_path)
     require_for_run(config, where)
-    _start_logging()
+    start_logging()
     os.umask(0o077)  # whatever the state directory holds is for this user alone
     if warning := Token(config.openmeter).warning:
         logging.getLogger("metershipper").warning(warning)
@@ -198,6 +199,113 @@ def status(config_path: Path | None, as_json: bool) -> None:
         render(report)
 
 
+@cli.group(name="dead-letters")
+def dead_letters() -> None:
+    """List, show, retry and purge what could not be billed.
+
+    Lines that are no entry or hold a bad value, and events that the endpoint refused; each with its reason, where it
+    was read, and its content without secrets. Works while `run` runs.
+    """
+
+
+def _letter_filters(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--subject", metavar="TEXT", help="Only refused events of this subject."),
+        click.option("--until", metavar="TIME", help="Only those kept before this time."),
+        click.option("--since", metavar="TIME", help="Only those kept at or after this time: 2026-05-01[T12:00:00Z]."),
+        click.option("--reason", metavar="REASON", help="Only those with this reason, for instance not_json."),
+    ):
+        command = option(command)
+    return command
+
+
+def _letter_filter(
+    ids: tuple[int, ...], reason: str | None, since: str | None, until: str | None, subject: str | None
+) -> Any:
+    from metershipper.books import Dead
+    from metershipper.dead_letter_commands import parse_instant
+    from metershipper.dead_letters import Filter
+
+    if reason is not None and reason not in {*Dead}:
+        raise UsageError(f"--reason {reason}: unknown; reasons are {', '.join(Dead)}")
+    if len(ids) > 500:
+        raise UsageError("more than 500 numbers; use --reason, --since, --until or --subject")
+    begin, end = (None if text is None else parse_instant(text) for text in (since, until))
+    return Filter(ids, reason, subject, begin, end)
+
+
+@dead_letters.command(name="list")
+@_config_option
+@_letter_filters
+@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="Show at most so many.")
+@click.option("--json", "as_json", is_flag=True, help="Print NDJSON, with content.")
+def list_dead_letters(config_path: Path | None, limit: int, as_json: bool, **filters: str | None) -> None:
+    """Show which there are, oldest first."""
+    import orjson
+
+    from metershipper.dead_letter_commands import count, letters, line_of
+
+    directory, wanted = _load(config_path)[0].state.directory, _letter_filter((), **filters)
+    for letter in letters(directory, wanted, limit):
+        click.echo(orjson.dumps(letter.as_dict()).decode() if as_json else line_of(letter))
+    if not as_json:
+        click.echo(f"{count(directory, wanted)} dead letters", err=True)
+
+
+@dead_letters.command()
+@_config_option
+@click.argument("number", type=int, metavar="ID")
+def show(config_path: Path | None, number: int) -> None:
+    """Show all that is known of one, as JSON."""
+    import orjson
+
+    from metershipper.dead_letter_commands import letters
+
+    for letter in letters(_load(config_path)[0].state.directory, _letter_filter((number,), None, None, None, None), 1):
+        click.echo(orjson.dumps(letter.as_dict(), option=orjson.OPT_INDENT_2).decode())
+        return
+    raise UsageError(f"{number}: no such dead letter")
+
+
+@dead_letters.command()
+@_config_option
+@_letter_filters
+@click.argument("ids", nargs=-1, type=int, metavar="[ID]...")
+def retry(config_path: Path | None, ids: tuple[int, ...], **filters: str | None) -> None:
+    """Try them again: all, or those that fit.
+
+    Lines are mapped with today's configuration, refused events are sent as they were; ids stay the same. A running
+    `run` does it with the configuration it was started with; else it is done here.
+    """
+    from metershipper.dead_letter_commands import retry as retry_letters
+
+    config, where = _load(config_path)
+    done = retry_letters(config, where, _letter_filter(ids, **filters))
+    click.echo(
+        f"{done.asked} tried: {done.settled} settled, {done.kept} failed again, {done.waiting} waiting for `run`"
+    )
+    sys.exit(done.exit_code)
+
+
+@dead_letters.command()
+@_config_option
+@_letter_filters
+@click.option("--yes", is_flag=True, help="Really delete; without it only their number is told.")
+@click.argument("ids", nargs=-1, type=int, metavar="[ID]...")
+def purge(config_path: Path | None, ids: tuple[int, ...], yes: bool, **filters: str | None) -> None:
+    """Delete them for good: all, or those that fit.
+
+    The books go on counting them.
+    """
+    from metershipper.dead_letter_commands import count
+    from metershipper.dead_letter_commands import purge as purge_letters
+
+    directory, wanted = _load(config_path)[0].state.directory, _letter_filter(ids, **filters)
+    if not yes:
+        raise UsageError(f"{count(directory, wanted)} dead letters would be deleted for good; add --yes to do it")
+    click.echo(f"{purge_letters(directory, wanted)} dead letters deleted")
+
+
 @cli.command()
 @click.option("--listen", default="127.0.0.1:8888", show_default=True, metavar="HOST:PORT", help="Port 0: a free one.")
 @click.option(
@@ -285,15 +393,3 @@ def _defaults() -> "Config":
     from metershipper.config import load_config
 
     return load_config(None)
-
-
-def _start_logging() -> None:
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)-7s %(message)s",
-        datefmt="%Y-%m-%dT%H:%M:%S%z",
-    )
-    # These log every request, at INFO and with the full URL.
-    for noisy in ("httpx", "httpcore", "watchfiles"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)

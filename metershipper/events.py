@@ -35,6 +35,21 @@ class DeadLetter(NamedTuple):
     line: bytes
 
 
+class RefusedEvent(NamedTuple):
+    """A usage event that the server does not take, kept aside: `line` is the event as it was sent, `detail` the
+    server's status and words. The offsets are those of the lines that were mapped together with its own.
+    """
+
+    start_offset: int
+    end_offset: int
+    reason: Dead
+    detail: str
+    line: bytes
+    subject: str
+    event_type: str
+    event_id: str
+
+
 @dataclass(slots=True)
 class Mapped:
     """What some lines became. `books` counts exactly these lines."""

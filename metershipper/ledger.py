@@ -9,10 +9,17 @@ never counted, and what is counted is settled.
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
 
 from metershipper.batcher import Batch, Span
-from metershipper.books import Books
-from metershipper.events import DeadLetter
+from metershipper.books import Books, Count, Dead
+from metershipper.events import LLM_REQUEST, DeadLetter, RefusedEvent
+from metershipper.retry import Answer
+
+# Behind a span that waits for long, what is settled is kept as one: so that waiting costs no memory.
+COMPACT_ABOVE_SPANS = 256
 
 
 @dataclass(slots=True)
@@ -24,12 +31,14 @@ class Settled:
     tail: bytes
     books: Books = field(default_factory=Books)
     dead_letters: list[DeadLetter] = field(default_factory=list)
+    refused: list[RefusedEvent] = field(default_factory=list)
 
     def extend(self, further: "Span | Settled") -> None:
         """Add the ground that follows in the same file: its end is the new one, its counts come on top."""
         self.end_offset, self.tail = further.end_offset, further.tail
         self.books.update(further.books)
         self.dead_letters += further.dead_letters
+        self.refused += further.refused
 
 
 @dataclass(slots=True)
@@ -46,10 +55,24 @@ class Ledger:
         """The server accepted `batch`."""
         for span, events in batch.shares:
             span.unsettled -= events
+            span.books[Count.ACKNOWLEDGED] += events
+
+    def refused(self, batch: Batch, answer: Answer) -> None:
+        """The server does not take the one event of `batch`.
+
+        The event is settled as a dead letter of its span: it is written together with the position that passes it.
+        """
+        ((span, _),) = batch.shares
+        span.unsettled -= 1
+        letter, books = refused_event(batch.body, span, answer.refusal)
+        span.refused.append(letter)
+        span.books.update(books)
 
     def take_settled(self) -> list[Settled]:
         """What became settled since the last call, one item a file; the caller must commit it."""
         settled = [ground for file_id, spans in self._open.items() if (ground := _settled_ground(file_id, spans))]
+        for spans in self._open.values():
+            _compact(spans)
         self._open = {file_id: spans for file_id, spans in self._open.items() if spans}
         return settled
 
@@ -57,6 +80,45 @@ class Ledger:
     def unsettled_events(self) -> int:
         """Events read and mapped, but not yet acknowledged."""
         return sum(span.unsettled for spans in self._open.values() for span in spans)
+
+    def oldest_unsettled_seconds(self, now: float) -> float:
+        """How long ago, on the monotonic clock, the oldest lines were read that are not settled; 0 when all are.
+
+        They can't be older than their reading in any way that matters: while they wait, nothing after them is read.
+        """
+        return max((now - spans[0].read_at for spans in self._open.values() if spans), default=0.0)
+
+
+def refused_event(body: bytes, span: Span, detail: str) -> tuple[RefusedEvent, Books]:
+    """The dead letter of a batch of one event, and what it counts."""
+    (raw,) = msgspec.json.decode(body, type=list[msgspec.Raw])
+    event = msgspec.json.decode(raw)
+    place = (span.start_offset, span.end_offset, Dead.REFUSED, detail)
+    letter = RefusedEvent(*place, bytes(raw), event["subject"], event["type"], event["id"])
+    return letter, refused_books(event)
+
+
+def refused_books(event: dict[str, Any]) -> Books:
+    """What one refused event counts."""
+    books = Books({Count.REFUSED: 1})
+    if event["type"] == LLM_REQUEST:
+        is_output = event["data"]["type"] == "response"
+        books[Count.REFUSED_TOKENS_RESPONSE if is_output else Count.REFUSED_TOKENS_REQUEST] = event["data"]["tokens"]
+    return books
+
+
+def _compact(spans: deque[Span]) -> None:
+    """Make one of settled spans that follow each other: they are committed together."""
+    if len(spans) <= COMPACT_ABOVE_SPANS:
+        return
+    kept: list[Span] = []
+    for span in spans:
+        if kept and kept[-1].unsettled == 0 and span.unsettled == 0:
+            kept[-1].absorb(span)
+        else:
+            kept.append(span)
+    spans.clear()
+    spans.extend(kept)
 
 
 def _settled_ground(file_id: int, spans: deque[Span]) -> Settled | None:

@@ -10,7 +10,9 @@ import os
 import socket
 import ssl
 import stat
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,7 +23,7 @@ import httpx
 from metershipper import __version__
 from metershipper.config import OpenMeter, is_token
 from metershipper.errors import ConfigError
-from metershipper.retry import Answer, Verdict, classify, one_line
+from metershipper.retry import Answer, Verdict, classify, http_date, one_line, retry_after_seconds
 
 # v1 compares it letter by letter, so it carries no charset (openmeter/ingest/httpdriver/ingest.go).
 BATCH_CONTENT_TYPE = "application/cloudevents-batch+json"
@@ -80,10 +82,10 @@ class Endpoint:
     async def __aenter__(self) -> "Endpoint":
         self._authorization = await self._read_authorization()
         _refuse_unusable(self._url)
-        verify = _tls_context(self._settings)
+        self._verify = _tls_context(self._settings)
         try:
             self._client = httpx.AsyncClient(
-                verify=verify,
+                verify=self._verify,
                 timeout=httpx.Timeout(self._settings.timeout_seconds),
                 limits=httpx.Limits(max_connections=self._settings.max_in_flight, keepalive_expiry=60),
                 follow_redirects=False,
@@ -116,16 +118,20 @@ class Endpoint:
         sent = self._authorization
         try:
             async with asyncio.timeout(self._settings.timeout_seconds):
-                status, content_type, text = await self._exchange(body, sent)
+                status, headers, text = await self._exchange(body, sent)
         except TimeoutError:
             return Answer(Verdict.RETRY, f"no answer within {self._settings.timeout_seconds:g} s")
         except (httpx.HTTPError, OSError) as error:
+            if _is_certificate_refused(error):
+                await self._renew_certificates()
             return Answer(Verdict.RETRY, one_line(_without_token(describe(error), sent)))
         if status in (401, 403):
             await self._renew_token()
-        return classify(status, _without_token(content_type, sent), _without_token(text, sent))
+        content_type = _without_token(headers.get("content-type", ""), sent)
+        wait_seconds = retry_after_seconds(headers.get("retry-after"), http_date(headers.get("date"), time.time()))
+        return classify(status, content_type, _without_token(text, sent), wait_seconds)
 
-    async def _exchange(self, body: bytes, headers: dict[str, str]) -> tuple[int, str, str]:
+    async def _exchange(self, body: bytes, headers: dict[str, str]) -> tuple[int, httpx.Headers, str]:
         opened: list[Any] = []
 
         async def remember_opened(event: str, details: dict[str, Any]) -> None:
@@ -147,7 +153,7 @@ class Endpoint:
                 await stream.aclose()
             raise
         text = bytes(content).decode("utf-8", "replace")
-        return response.status_code, response.headers.get("content-type", ""), text
+        return response.status_code, response.headers, text
 
     async def _renew_token(self) -> None:
         """The token file may have been rotated. An unreadable one changes nothing: the next try reports the refusal."""
@@ -155,6 +161,16 @@ class Endpoint:
             self._authorization = await self._read_authorization()
         except ConfigError:
             return
+
+    async def _renew_certificates(self) -> None:
+        """The CA file may have been replaced; what it holds now is trusted as well, and nothing else ever is."""
+        if self._settings.ca_file is not None and isinstance(self._verify, ssl.SSLContext):
+            with suppress(OSError):  # ssl.SSLError is one; the next try reports the refusal again
+                await asyncio.to_thread(self._verify.load_verify_locations, os.fspath(self._settings.ca_file))
+
+
+def _is_certificate_refused(error: BaseException) -> bool:
+    return any(isinstance(cause, ssl.SSLCertVerificationError) for cause in _causes(error))
 
 
 async def _forget_redirect(response: httpx.Response) -> None:

@@ -48,5 +48,26 @@ CREATE TABLE gaps (
 ALTER TABLE recipes RENAME TO facts;
 ALTER TABLE facts RENAME COLUMN version TO value;
 """,
+    # Dead letters that can be listed, bounded and retried. `wanted_at`: a person asked to try it again. What was
+    # committed before had been acknowledged to the last event.
+    """
+ALTER TABLE dead_letters ADD COLUMN kind TEXT NOT NULL DEFAULT 'line';
+ALTER TABLE dead_letters ADD COLUMN subject TEXT;
+ALTER TABLE dead_letters ADD COLUMN event_type TEXT;
+ALTER TABLE dead_letters ADD COLUMN event_id TEXT;
+ALTER TABLE dead_letters ADD COLUMN entry_hash TEXT;
+ALTER TABLE dead_letters ADD COLUMN is_cut INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE dead_letters ADD COLUMN tries INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE dead_letters ADD COLUMN wanted_at REAL;
+CREATE INDEX wanted_dead_letters ON dead_letters (dead_letter_id) WHERE wanted_at IS NOT NULL;
+INSERT INTO facts SELECT 'dead_letter_bytes', ifnull(SUM(length(line)), 0) FROM dead_letters;
+CREATE TRIGGER dead_letter_kept AFTER INSERT ON dead_letters BEGIN
+    UPDATE facts SET value = value + length(new.line) WHERE name = 'dead_letter_bytes'; END;
+CREATE TRIGGER dead_letter_gone AFTER DELETE ON dead_letters BEGIN
+    UPDATE facts SET value = value - length(old.line) WHERE name = 'dead_letter_bytes'; END;
+CREATE TRIGGER dead_letter_cut AFTER UPDATE OF line ON dead_letters BEGIN
+    UPDATE facts SET value = value + length(new.line) - length(old.line) WHERE name = 'dead_letter_bytes'; END;
+INSERT INTO books SELECT file_id, 'events.acknowledged', count FROM books WHERE name = 'events';
+""",
 )
 SCHEMA_VERSION = len(MIGRATIONS)

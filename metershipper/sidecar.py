@@ -11,7 +11,7 @@ import logging
 import sqlite3
 import time
 from collections import Counter
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 
 from metershipper.batcher import Batch, Batcher, Span
@@ -22,9 +22,12 @@ from metershipper.errors import StateError
 from metershipper.events import Mapped
 from metershipper.files import FileSet
 from metershipper.followed import Block
+from metershipper.housekeeping import Housekeeping
 from metershipper.ledger import Ledger, Settled, merge
 from metershipper.mapper import Mapper, nuls, overlong_line
 from metershipper.openmeter import Endpoint
+from metershipper.redelivery import Redelivery
+from metershipper.retry import Answer
 from metershipper.shipper import REPEAT_LOG_SECONDS, Shipper
 from metershipper.state import StateLock
 from metershipper.tailer import Tailer
@@ -38,8 +41,12 @@ COMMIT_RETRY_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Stopped:
-    """How a run ended: events that were read but not acknowledged. They are read again at the next start."""
+    """How a run ended. `in_flight_events`: were on their way when the stop began; `finished_events` of them were still
+    accepted or refused. `unsettled_events`: left for the next start, which reads them again.
+    """
 
+    in_flight_events: int
+    finished_events: int
     unsettled_events: int
     forced: bool
 
@@ -66,6 +73,7 @@ class Sidecar:
         self._shipped = False
         self._untold: Counter[Dead] = Counter()
         self._tell_again_at = 0.0
+        self._in_flight_at_stop = 0
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
 
@@ -90,7 +98,12 @@ class Sidecar:
             files = FileSet(inputs.files, checkpoint, time.monotonic, inputs.max_line_bytes)
             stack.callback(files.close)
             tailer = Tailer(files)
-            shipper = Shipper(endpoint, self._config.openmeter.retry, self._batches, self._accepted)
+            settings = self._config.openmeter
+            shipper = Shipper(
+                endpoint, settings.retry, self._batches, self._accepted, self._refused, settings.max_in_flight
+            )
+            redelivery = Redelivery(checkpoint, Mapper(self._config.metering), settings.batch, self._batches.put)
+            housekeeping = Housekeeping(checkpoint, redelivery, self.oldest_unsettled_seconds)
             log.info("started: events go to %s", self._url)
             try:
                 await tailer.start()
@@ -100,14 +113,29 @@ class Sidecar:
             try:
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self._commit_settled(checkpoint))
-                    await self._read_and_ship(tailer, shipper)
+                    await self._read_and_ship(tailer, shipper, housekeeping)
                     self._shipped = True
                     self._settled.set()
             except* sqlite3.DatabaseError as errors:
                 raise StateError(f"{self._config.state.directory}: {errors.exceptions[0]}; nothing is lost") from None
-            stopped = Stopped(self._ledger.unsettled_events, self._stop_now.is_set())
-            log.info("stopped%s: %d events left for the next start", _how(stopped), stopped.unsettled_events)
-            return stopped
+            with suppress(sqlite3.OperationalError):  # recorded at the next start: it sends them with the same ids
+                await redelivery.record()
+            return self._tell_stop()
+
+    def oldest_unsettled_seconds(self) -> float:
+        """How long ago the oldest lines were read that are not settled; 0 when all are."""
+        return self._ledger.oldest_unsettled_seconds(time.monotonic())
+
+    def _tell_stop(self) -> Stopped:
+        left = self._ledger.unsettled_events
+        in_flight = max(self._in_flight_at_stop, left)  # a block may have been read meanwhile
+        stopped = Stopped(in_flight, in_flight - left, left, self._stop_now.is_set())
+        log.info(
+            "stopped%s: %d events were in flight, %d finished, %d events left for the next start",
+            *(_how(stopped), in_flight, in_flight - left, left),
+            extra={"in_flight_events": in_flight, "finished_events": in_flight - left, "left_events": left},
+        )
+        return stopped
 
     def _open_state(self, stack: AsyncExitStack) -> Checkpoint:
         directory = self._config.state.directory
@@ -121,12 +149,16 @@ class Sidecar:
             log.warning("starting over: every log and its rotated files are read from the beginning")
         return checkpoint
 
-    async def _read_and_ship(self, tailer: Tailer, shipper: Shipper) -> None:
+    async def _read_and_ship(self, tailer: Tailer, shipper: Shipper, housekeeping: Housekeeping) -> None:
         async with asyncio.TaskGroup() as tasks:
             reader = tasks.create_task(self._read(tailer))
             workers = [tasks.create_task(shipper.work()) for _ in range(self._config.openmeter.max_in_flight)]
+            workers.append(tasks.create_task(shipper.work_aside()))
+            keeper = tasks.create_task(housekeeping.run())
             watchers = [tasks.create_task(tailer.watch()), tasks.create_task(tailer.look_around())]
             await self._stop.wait()
+            self._in_flight_at_stop = self._ledger.unsettled_events
+            keeper.cancel()
             tailer.stop()
             drained = tasks.create_task(self._drain(reader))
             forced = tasks.create_task(self._stop_now.wait())
@@ -157,7 +189,8 @@ class Sidecar:
             mapped = overlong_line(block.overlong, block.start_offset, block.end_offset)
         else:
             mapped = self._mapper.map_lines(block.data, block.start_offset, block.format)
-        span = Span.of(block.file_id, block.end_offset, block.tail, mapped)
+        place = (block.file_id, block.end_offset, block.tail)
+        span = Span.of(*place, mapped, block.start_offset, time.monotonic())
         self._tell_dead_letters(mapped)
         self._ledger.opened(span)
         self._batcher.add(span, mapped.events, time.monotonic())
@@ -171,13 +204,17 @@ class Sidecar:
         if self._untold and now >= self._tell_again_at:
             self._tell_again_at = now + REPEAT_LOG_SECONDS
             counts = ", ".join(f"{count} {reason}" for reason, count in self._untold.most_common())
-            log.error("kept as dead letters: %s; nothing is lost, see `metershipper status`", counts)
+            log.error("kept as dead letters: %s; nothing is lost, see `metershipper dead-letters list`", counts)
             self._untold.clear()
 
     # Settling: acknowledgements become commits
 
     def _accepted(self, batch: Batch) -> None:
         self._ledger.acknowledged(batch)
+        self._settled.set()
+
+    def _refused(self, batch: Batch, answer: Answer) -> None:
+        self._ledger.refused(batch, answer)
         self._settled.set()
 
     async def _commit_settled(self, checkpoint: Checkpoint) -> None:

@@ -1,8 +1,11 @@
 """What the checkpoint says, as a report: positions, lag, books, dead letters. Reads only; works while `run` runs."""
 
+import glob
 import os
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,18 @@ from metershipper.books import DEAD_LETTERS, SKIPPED, Books, Count
 from metershipper.checkpoint import Checkpoint
 from metershipper.errors import StateError
 from metershipper.filter import summary
-from metershipper.records import StoredFile
+from metershipper.losses import describe
+from metershipper.records import Gap, Identity, StoredFile
+from metershipper.rotation import logs_of
 from metershipper.state import holder_of
 
 
 @dataclass(frozen=True, slots=True)
 class FileStatus:
-    """One followed file. `size_bytes` is None when the file is gone; `unread_bytes`: not settled yet."""
+    """One followed file. `size_bytes` is None when the file is gone; `unread_bytes`: not settled yet.
+
+    Of a compressed file the position is one in its content, and how much of that is left is not known before its end.
+    """
 
     path: str
     position_bytes: int
@@ -35,6 +43,7 @@ class Status:
     state_directory: str
     process_id: int | None
     files: list[FileStatus]
+    gaps: list[Gap]
     books: Books
 
     def as_dict(self) -> dict[str, Any]:
@@ -45,44 +54,61 @@ class Status:
             "running": self.process_id is not None,
             "process_id": self.process_id,
             "files": [asdict(file) for file in self.files],
+            "gaps": [_plain_gap(gap) for gap in self.gaps],
             "books": plain
             | {
                 "skipped": self.books.by_reason(SKIPPED),
                 "dead_letters": self.books.by_reason(DEAD_LETTERS),
-                "balanced": self.books.balanced,
+                "balanced": self.books.balanced and self.books.events_balanced,
             },
         }
+
+
+def _plain_gap(gap: Gap) -> dict[str, Any]:
+    found_at = datetime.fromtimestamp(gap.found_at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    place = {"path": gap.path, "start_offset": gap.start_offset, "end_offset": gap.end_offset}
+    return place | {"reason": str(gap.reason), "found_at": found_at}
 
 
 def read_status(directory: Path) -> Status:
     """The status of a state directory. Raises StateError when nothing was recorded there yet."""
     try:
         with Checkpoint(directory, read_only=True) as checkpoint:
-            files = [_file_status(file) for file in checkpoint.files() if file.inode is not None and not file.history]
-            return Status(str(directory), holder_of(directory), files, checkpoint.books())
+            stored = [file for file in checkpoint.files() if file.identity is not None and not file.history]
+            there = _files_in({os.path.dirname(file.path) or "." for file in stored})
+            files = [_file_status(file, there) for file in stored]
+            return Status(str(directory), holder_of(directory), files, checkpoint.gaps(), checkpoint.books())
     except OSError as error:
         raise StateError(f"{directory}: can't be read: {error.strerror}") from None
 
 
-def _file_status(file: StoredFile) -> FileStatus:
-    path, size = _present(file)
-    return FileStatus(path, file.position, size, None if size is None else max(0, size - file.position))
+def _files_in(directories: Iterable[str]) -> dict[Identity, tuple[str, int]]:
+    """Path and size of each file in these directories, and in those beneath."""
+    found: dict[Identity, tuple[str, int]] = {}
+    for directory in directories:
+        here = "" if directory == "." else glob.escape(directory)
+        for pattern in (os.path.join(here, "*", "*"), os.path.join(here, "*")):
+            for path in sorted(glob.glob(pattern), reverse=True):
+                with suppress(OSError):
+                    status = os.stat(path)
+                    found[status.st_dev, status.st_ino] = path, status.st_size
+    return found
 
 
-def _present(file: StoredFile) -> tuple[str, int | None]:
-    """What the recorded file is called in its directory now, and its size; its last path and None when it is gone."""
-    directory = os.path.dirname(file.path)
-    try:
-        names = [os.path.basename(file.path), *sorted(os.listdir(directory or "."))]
-    except OSError:
-        return file.path, None
-    for name in names:
-        path = os.path.join(directory, name)
-        with suppress(OSError):
-            status = os.stat(path)
-            if (status.st_dev, status.st_ino) == (file.device, file.inode):
-                return path, status.st_size
-    return file.path, None
+def _may_be_part(path: str, log: str) -> bool:
+    """Whether a file beneath a log's directory is called as a part of that log would be; beside it, anything is."""
+    is_beside = (os.path.dirname(path) or ".") == (os.path.dirname(log) or ".")
+    return is_beside or os.path.basename(log) in logs_of(os.path.basename(path))
+
+
+def _file_status(file: StoredFile, there: Mapping[Identity, tuple[str, int]]) -> FileStatus:
+    path, size = there.get(file.identity or (0, 0), (file.path, None))
+    if size is None or not _may_be_part(path, file.path):
+        return FileStatus(file.path, file.position, None, None)
+    if file.compressed:
+        unread = None if file.seen_bytes is None else max(0, file.seen_bytes - file.position)
+        return FileStatus(path, file.position, size, unread)
+    return FileStatus(path, file.position, size, max(0, size - file.position))
 
 
 def render(status: Status) -> None:
@@ -97,11 +123,15 @@ def render(status: Status) -> None:
         column.justify = "right"
     for file in present:
         numbers = (file.position_bytes, file.size_bytes, file.unread_bytes)
-        table.add_row(escape(file.path), *(f"{number:,}" for number in numbers))
+        table.add_row(escape(file.path), *("?" if number is None else f"{number:,}" for number in numbers))
     console.print(table)
     if gone := len(status.files) - len(present):
         console.print(f"and {gone} files that are gone")
+    for gap in status.gaps:
+        console.print(f"LOST: {describe(gap)}", markup=False)
     for line in summary(status.books, "dead letters"):
         console.print(line, markup=False)
-    if not status.books.balanced:
+    if refused := status.books[Count.REFUSED]:
+        console.print(f"events refused by the endpoint, kept as dead letters: {refused}")
+    if not (status.books.balanced and status.books.events_balanced):
         console.print("THE BOOKS DO NOT BALANCE: please report this, with a copy of the state directory")

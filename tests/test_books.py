@@ -66,7 +66,8 @@ def test_the_names_are_a_closed_list_that_others_rely_on() -> None:
     """The checkpoint, `status --json` and `map` show these names: renaming one breaks a stored state."""
     assert {*Count} == {
         "lines", "entries", "billed", "events", "tokens.request", "tokens.response", "calls.failed_ai_call",
-        "ids.hashed", "bytes.nul",
+        "ids.hashed", "bytes.nul", "events.acknowledged", "events.refused", "refused.tokens.request",
+        "refused.tokens.response",
     }  # fmt: skip
     assert {*Skip} == {
         "blank_line", "not_an_entry", "no_subject", "no_usage", "rule_disabled", "filtered_method", "filtered_status",
@@ -74,6 +75,7 @@ def test_the_names_are_a_closed_list_that_others_rely_on() -> None:
     }  # fmt: skip
     assert {*Dead} == {
         "not_json", "not_an_entry", "line_too_long", "bad_started_at", "bad_token_count", "bad_subject", "no_subject",
+        "refused",
     }  # fmt: skip
 
 

@@ -325,9 +325,15 @@ def prove(directory: Path, answer: bytes, *lines: str, host: str = "", tls: ssl.
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        ("401 X\r\n\r\n", "HTTP 401: the token is missing or wrong"),
-        ("403 X\r\n\r\n", "HTTP 403: the token may not ingest events"),
-        ("404 X\r\n\r\n", "HTTP 404: there is no ingest endpoint at this path"),
+        (
+            "401 X\r\n\r\n",
+            "HTTP 401: the token is missing or wrong: replace the token file, it is read again at every try",
+        ),
+        (
+            "403 X\r\n\r\n",
+            "HTTP 403: the token may not ingest events: replace the token file, it is read again at every try",
+        ),
+        ("404 X\r\n\r\n", "HTTP 404: there is no ingest endpoint at this path: correct ingest_endpoint"),
         (
             "301 X\r\nLocation: https://example.com/\r\n\r\n",
             "HTTP 301: a redirect, which is never followed: write the final URL into ingest_endpoint",

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import runpy
 import signal
 import socket
@@ -25,7 +26,7 @@ from metershipper import __main__, __version__
 from metershipper.cli import cli
 from metershipper.traffic import Traffic
 
-COMMANDS = ["check", "demo", "import-kong", "map", "run", "sandbox", "status"]
+COMMANDS = ["check", "dead-letters", "demo", "import-kong", "map", "run", "sandbox", "status"]
 SECRET = "spat_V3ryS3cret"
 ENTRIES = 5
 
@@ -92,7 +93,7 @@ def test_the_help_lists_every_command() -> None:
     listed = result.stdout.partition("Commands:\n")[2].splitlines()
     assert [line.split()[0] for line in listed if line.startswith("  ") and line[2] != " "] == COMMANDS
     assert not [line for line in listed if line.endswith("...")]  # no summary is cut
-    assert "Exit codes: 0 done, 1 failed, 2 wrong usage or configuration." in result.stdout
+    assert "Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 partly done." in result.stdout
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -402,7 +403,7 @@ def test_a_run_ends_in_order_and_status_tells_what_it_did(
     assert (result.exit_code, result.stdout) == (0, "")
     said = log_lines.text()
     assert f"{number.name}: stopping" in said
-    assert "stopped: 0 events left for the next start" in said
+    assert re.search(r"stopped: (\d+) events were in flight, \1 finished, 0 events left for the next start", said)
     assert "token: readable by every user of this machine; chmod 600 it" in said
     assert SECRET not in said + result.output
     assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700

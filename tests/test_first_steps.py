@@ -88,7 +88,10 @@ def test_dead_letters_are_told_in_the_log_as_a_sum(tmp_path: Path) -> None:
             assert stop(process) == 0
     told = [line for line in site.errors.read_text().splitlines() if "ERROR" in line]
     assert len(told) == 1
-    assert "kept as dead letters: 20 not_json, 1 not_an_entry; nothing is lost, see `metershipper status`" in told[0]
+    assert (
+        "kept as dead letters: 20 not_json, 1 not_an_entry; nothing is lost, see `metershipper dead-letters list`"
+        in told[0]
+    )
     shown = CliRunner().invoke(cli, ["status", "-c", str(site.config)]).output
     assert "22 dead letters" in shown
     assert "dead letters: not_json 21" in shown

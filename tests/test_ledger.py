@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from metershipper.batcher import Batch, Batcher, Span
 from metershipper.books import Books, Count, Dead
-from metershipper.events import DeadLetter, UsageEvent
-from metershipper.ledger import Ledger, Settled, merge
+from metershipper.events import DeadLetter, RefusedEvent, UsageEvent
+from metershipper.ledger import COMPACT_ABOVE_SPANS, Ledger, Settled, merge
+from metershipper.retry import Answer, Verdict
 
 
 def span(file_id: int, end_offset: int, events: int, *, dead: int = 0) -> Span:
@@ -139,3 +140,50 @@ def test_the_position_is_the_highest_contiguous_settled_one(
     assert {file_id: ground.end_offset for file_id, ground in committed.items()} == {
         file_id: read[-1].end_offset for file_id, read in spans.items()
     }
+
+
+# --- events that the server refuses, and what waits behind them
+
+TEXT = b'{"specversion":"1.0","id":"a","source":"s","type":"kong.llm_request","subject":"c","time":"","data":{%b}}'
+
+
+def test_a_refused_event_settles_its_span_and_is_counted_apart() -> None:
+    """Case 43: the letter is committed with the position that passes it; tokens and all."""
+    ledger, one = Ledger(), Span(1, 100, b"", Books({Count.EVENTS: 3}), [], 3, 40)
+    ledger.opened(one)
+    ledger.acknowledged(share((one, 2)))
+    assert ledger.take_settled() == []
+    event = TEXT % b'"tokens":7,"type":"request_cached"'
+    ledger.refused(Batch(b"[" + event + b"]", 1, [(one, 1)]), Answer(Verdict.REFUSED, "HTTP 400", 400, "no"))
+    (ground,) = ledger.take_settled()
+    assert ground.refused == [RefusedEvent(40, 100, Dead.REFUSED, "HTTP 400: no", event, "c", "kong.llm_request", "a")]
+    assert ground.books == {"events": 3, "events.acknowledged": 2, "events.refused": 1, "refused.tokens.request": 7}
+    assert ground.books.events_balanced
+
+
+def test_what_is_settled_behind_a_span_that_waits_takes_no_memory() -> None:
+    """Cases 40, 49: one event that is tried for hours, while others pass."""
+    ledger, stuck = Ledger(), span(1, 10, 1)
+    ledger.opened(stuck)
+    for number in range(5000):
+        new = span(1, 20 + number, 1, dead=1)
+        ledger.opened(new)
+        ledger.acknowledged(share((new, 1)))
+        assert ledger.take_settled() == []
+    assert len(ledger._open[1]) <= COMPACT_ABOVE_SPANS
+    ledger.acknowledged(share((stuck, 1)))
+    (ground,) = ledger.take_settled()
+    assert (ground.end_offset, len(ground.dead_letters)) == (5019, 5000)
+    assert ground.books[Count.ENTRIES] == 10_001 and ground.books.balanced
+
+
+def test_the_age_is_that_of_the_oldest_span_of_any_file() -> None:
+    ledger, old, young = Ledger(), span(1, 10, 1), span(2, 10, 1)
+    assert ledger.oldest_unsettled_seconds(100.0) == 0.0
+    old.read_at, young.read_at = 40.0, 70.0
+    ledger.opened(young)
+    ledger.opened(old)
+    assert ledger.oldest_unsettled_seconds(100.0) == 60.0
+    ledger.acknowledged(share((old, 1)))
+    ledger.take_settled()
+    assert ledger.oldest_unsettled_seconds(100.0) == 30.0

@@ -173,7 +173,7 @@ def post(url: str, **changes: Any) -> Answer:
 def test_a_batch_is_sent_with_exactly_these_headers() -> None:
     """v1 compares the content type letter by letter and unpacks nothing (OPENMETER 2)."""
     answer, server = post_to(ACCEPTED)
-    assert answer == Answer(Verdict.ACCEPTED, "HTTP 204")
+    assert answer == Answer(Verdict.ACCEPTED, "HTTP 204", 204)
     assert server.heads[0].startswith(b"POST /api/v1/events HTTP/1.1\r\n")
     assert server.bodies == [BODY]
     headers = server.header(0)
@@ -225,7 +225,7 @@ def test_batches_share_connections_and_are_in_flight_together() -> None:
     ],
 )
 def test_200_202_and_204_with_an_empty_or_json_body_are_accepted(answer: bytes, reason: str) -> None:
-    assert post_to(answer)[0] == Answer(Verdict.ACCEPTED, reason)
+    assert post_to(answer)[0] == Answer(Verdict.ACCEPTED, reason, int(reason[-3:]))
 
 
 @pytest.mark.parametrize(
@@ -242,22 +242,51 @@ def test_200_202_and_204_with_an_empty_or_json_body_are_accepted(answer: bytes, 
         ),
         (reply(201), "HTTP 201: not understood"),
         (
-            reply(400, b'{"detail": "invalid\n event"}', "application/problem+json"),
-            'HTTP 400: the endpoint refuses an event of this batch ({"detail": "invalid event"})',
+            reply(403),
+            "HTTP 403: the token may not ingest events: replace the token file, it is read again at every try",
         ),
-        (reply(403), "HTTP 403: the token may not ingest events"),
-        (reply(404), "HTTP 404: there is no ingest endpoint at this path"),
-        (reply(405), "HTTP 405: there is no ingest endpoint at this path"),
-        (reply(413), "HTTP 413: the batch is too large for the endpoint: lower openmeter.batch.max_bytes"),
+        (reply(404), "HTTP 404: there is no ingest endpoint at this path: correct ingest_endpoint"),
+        (reply(405), "HTTP 405: there is no ingest endpoint at this path: correct ingest_endpoint"),
     ],
 )
 def test_what_a_person_must_look_into_is_never_accepted(answer: bytes, reason: str) -> None:
-    assert post_to(answer)[0] == Answer(Verdict.NEEDS_A_PERSON, reason)
+    assert post_to(answer)[0] == Answer(Verdict.NEEDS_A_PERSON, reason, int(reason[5:8]))
 
 
-@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504, 599])
+def test_a_refusal_tells_which_events_it_is_about() -> None:
+    """CASES 42, 43: the server's pointer and words come along, for the dead letter."""
+    body = b'{"detail":\n "/2/subject: too short"}'
+    answer, _ = post_to(reply(400, body, "application/problem+json"))
+    words = '{"detail": "/2/subject: too short"}'
+    reason = f"HTTP 400: the endpoint refuses an event of this batch ({words})"
+    assert answer == Answer(Verdict.REFUSED, reason, 400, words, None, (2,))
+    assert answer.refusal == f"HTTP 400: {words}"
+    assert post_to(reply(413))[0].verdict is Verdict.TOO_LARGE
+
+
+@pytest.mark.parametrize("status", [408, 425, 500, 502, 504, 599])
 def test_what_passes_by_itself_is_tried_again(status: int) -> None:
-    assert post_to(reply(status, b"later"))[0] == Answer(Verdict.RETRY, f"HTTP {status} (later)")
+    assert post_to(reply(status, b"later"))[0] == Answer(Verdict.RETRY, f"HTTP {status} (later)", status, "later")
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"Retry-After": "7"}, 7.0),
+        ({"Retry-After": "86400"}, 300.0),
+        ({"Retry-After": "Wed, 21 Oct 2026 07:28:30 GMT", "Date": "Wed, 21 Oct 2026 07:28:00 GMT"}, 30.0),
+        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
+        ({"Retry-After": "soon"}, None),
+    ],
+)
+@pytest.mark.parametrize("status", [429, 503])
+def test_an_overloaded_server_says_when_to_come_back(
+    status: int, headers: dict[str, str], seconds: float | None
+) -> None:
+    """CASES 41: both forms, by the server's clock, within bounds."""
+    answer, _ = post_to(reply(status, b"later", **headers))
+    assert answer == Answer(Verdict.SLOW_DOWN, f"HTTP {status} (later)", status, "later", seconds)
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -275,6 +304,7 @@ def test_a_redirect_is_never_followed_and_the_token_never_goes_there(status: int
     assert answer == Answer(
         Verdict.NEEDS_A_PERSON,
         f"HTTP {status}: a redirect, which is never followed: write the final URL into ingest_endpoint",
+        status,
     )
     assert (target.connections, target.heads) == (0, [])
 
@@ -518,7 +548,7 @@ def test_the_certificate_is_checked_unless_the_configuration_says_otherwise(tmp_
 
     ours = {"ca_file": tmp_path / "ca.pem"}
     right = asyncio.run(answers("127.0.0.1", {}, ours, {"ca_file": tmp_path / "other.pem"}, {"ssl_verify": False}))
-    assert right[1] == right[3] == Answer(Verdict.ACCEPTED, "HTTP 204")
+    assert right[1] == right[3] == Answer(Verdict.ACCEPTED, "HTTP 204", 204)
     assert right[0].verdict is right[2].verdict is Verdict.RETRY
     assert "TLS failed: unable to get local issuer certificate" in (right[0].reason, right[2].reason)
     (wrong,) = asyncio.run(answers("other.example", ours))
@@ -675,3 +705,54 @@ def test_a_broken_proxy_or_certificate_variable_is_refused_unseen(
     with pytest.raises(ConfigError, match=r"^environment: no HTTP client with these") as caught:
         post("https://127.0.0.1:1/events")
     assert SECRET not in str(caught.value)
+
+
+def test_a_replaced_ca_file_is_taken_up_without_a_restart(tmp_path: Path) -> None:
+    """CASES 47: the CA bundle is rotated, and a certificate of the new one is trusted; what is in neither never is."""
+    old, new, stranger = trustme.CA(), trustme.CA(), trustme.CA()
+    file = tmp_path / "ca.pem"
+    old.cert_pem.write_to_path(str(file))
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(len(BODY) if head else 0)
+            writer.write(b"HTTP/1.1 204 X\r\nConnection: close\r\n\r\n")
+            await writer.drain()
+        writer.close()
+
+    def context(ca: trustme.CA) -> ssl.SSLContext:
+        made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        ca.issue_cert("127.0.0.1").configure_cert(made)
+        return made
+
+    async def run() -> list[Verdict]:
+        serving = context(new)
+        async with await asyncio.start_server(accept, "127.0.0.1", 0, ssl=serving) as server:
+            url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/api/v1/events"
+            async with Endpoint(url, settings(ca_file=file)) as endpoint:
+                verdicts = [(await endpoint.post(BODY)).verdict]
+                stranger.cert_pem.write_to_path(str(file))
+                verdicts += [(await endpoint.post(BODY)).verdict for _ in range(2)]
+                file.write_text("")
+                verdicts.append((await endpoint.post(BODY)).verdict)
+                new.cert_pem.write_to_path(str(file))
+                verdicts += [(await endpoint.post(BODY)).verdict for _ in range(2)]
+            return verdicts
+
+    assert asyncio.run(run()) == [Verdict.RETRY] * 5 + [Verdict.ACCEPTED]
+
+
+def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proxy gets the request with the endpoint's full URL; one that wants credentials is told as such."""
+
+    async def run() -> tuple[list[Answer], Server]:
+        async with Server(ACCEPTED, reply(407)) as proxy:
+            monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/api/v1/events"))
+            async with Endpoint("http://openmeter.invalid/api/v1/events", settings()) as endpoint:
+                return [await endpoint.post(BODY), await endpoint.post(BODY)], proxy
+
+    (through, refused), proxy = asyncio.run(run())
+    assert through.verdict is Verdict.ACCEPTED
+    assert proxy.heads[0].startswith(b"POST http://openmeter.invalid/api/v1/events HTTP/1.1\r\n")
+    assert refused.verdict is Verdict.NEEDS_A_PERSON and "the proxy wants credentials" in refused.reason

@@ -103,7 +103,9 @@ def check_that_all_is_there(directory: Path) -> None:
         assert [(f.path, f.device, f.inode, f.position, int(f.history)) for f in checkpoint.files()] == FILES
         assert all((f.head, f.tail, f.compressed, f.stamp) == (HEAD, TAIL, False, None) for f in checkpoint.files())
     with database(directory) as db:
-        letters = db.execute("SELECT * FROM dead_letters").fetchall()
+        letters = db.execute(
+            "SELECT dead_letter_id, file_id, start_offset, end_offset, reason, detail, line, kept_at FROM dead_letters"
+        ).fetchall()
         assert letters == [(n + 1, 1, 10 * n, 10 * n + 5, "not_json", "no JSON", b"\xff\x00{", 1.5) for n in range(2)]
         assert db.execute("SELECT value FROM facts WHERE name = 'event_id'").fetchone() == (1,)
     assert version_of(directory) == SCHEMA_VERSION

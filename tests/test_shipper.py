@@ -3,16 +3,20 @@
 """
 
 import asyncio
+import json
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
 
 from metershipper import shipper as shipper_module
-from metershipper.batcher import Batch
+from metershipper.batcher import Batch, Span
+from metershipper.books import Books
 from metershipper.config import OpenMeter, Retry
+from metershipper.isolate import MAX_REQUESTS_IN_A_ROW
 from metershipper.openmeter import Endpoint
 from metershipper.retry import Answer, Verdict, classify
 from metershipper.shipper import Posts, Shipper
@@ -26,6 +30,10 @@ LATER = Retry(initial_delay_seconds=1000, max_delay_seconds=1000)
 
 def batch(number: int) -> Batch:
     return Batch(b'[{"id":"%d"}]' % number, 1, [])
+
+
+def never_refused(refused: Batch, answer: Answer) -> None:
+    raise AssertionError(f"{refused.body!r} was refused: {answer.reason}")
 
 
 class Scripted:
@@ -67,11 +75,20 @@ async def deliver(
     """Ship all batches, then stop; what was accepted, in order."""
     queue: asyncio.Queue[Batch] = asyncio.Queue()
     accepted: list[Batch] = []
-    shipper = Shipper(endpoint, retry, queue, accepted.append)
+    all_accepted = asyncio.Event()
+
+    def on_accepted(each: Batch) -> None:
+        accepted.append(each)
+        if sum(each.events for each in accepted) == sum(each.events for each in batches):
+            all_accepted.set()
+
+    shipper = Shipper(endpoint, retry, queue, on_accepted, never_refused, workers)
     for each in batches:
         queue.put_nowait(each)
     tasks = [asyncio.create_task(shipper.work()) for _ in range(workers)]
+    tasks.append(asyncio.create_task(shipper.work_aside()))
     async with asyncio.timeout(20):
+        await all_accepted.wait()
         await queue.join()
     for task in tasks:
         task.cancel()
@@ -126,7 +143,9 @@ def test_a_batch_is_reported_after_its_acceptance_and_before_the_next_is_sent() 
 
     async def run() -> None:
         queue: asyncio.Queue[Batch] = asyncio.Queue()
-        shipper = Shipper(Telling(), AT_ONCE, queue, lambda each: story.append(f"reported {each.body.decode()}"))
+        shipper = Shipper(
+            Telling(), AT_ONCE, queue, lambda each: story.append(f"reported {each.body.decode()}"), never_refused, 1
+        )
         for number in (1, 2):
             queue.put_nowait(batch(number))
         task = asyncio.create_task(shipper.work())
@@ -229,11 +248,11 @@ async def stuck(where: str) -> tuple[Shipper, Awaitable[Any], list[Batch], "asyn
     queue: asyncio.Queue[Batch] = asyncio.Queue()
     accepted: list[Batch] = []
     if where == "queue":
-        return Shipper(Scripted(), LATER, queue, accepted.append), asyncio.sleep(0), accepted, queue
+        return Shipper(Scripted(), LATER, queue, accepted.append, never_refused, 1), asyncio.sleep(0), accepted, queue
     queue.put_nowait(batch(1))
     if where == "post":
         held = Held(1)
-        return Shipper(held, LATER, queue, accepted.append), held.all_here.wait(), accepted, queue
+        return Shipper(held, LATER, queue, accepted.append, never_refused, 1), held.all_here.wait(), accepted, queue
     refused = asyncio.Event()
 
     class Refusing:
@@ -241,7 +260,7 @@ async def stuck(where: str) -> tuple[Shipper, Awaitable[Any], list[Batch], "asyn
             refused.set()
             return DOWN
 
-    return Shipper(Refusing(), LATER, queue, accepted.append), refused.wait(), accepted, queue
+    return Shipper(Refusing(), LATER, queue, accepted.append, never_refused, 1), refused.wait(), accepted, queue
 
 
 @pytest.mark.parametrize("where", ["queue", "post", "wait for the next try"])
@@ -271,7 +290,7 @@ def test_an_error_in_the_report_is_not_swallowed() -> None:
     async def run() -> None:
         queue: asyncio.Queue[Batch] = asyncio.Queue()
         queue.put_nowait(batch(1))
-        await Shipper(Scripted(), AT_ONCE, queue, fail).work()
+        await Shipper(Scripted(), AT_ONCE, queue, fail, never_refused, 1).work()
 
     with pytest.raises(LookupError, match="no such span"):
         asyncio.run(run())
@@ -353,3 +372,210 @@ def test_waits_grow_to_their_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(0 <= wait <= bound for wait, bound in zip(waits, bounds, strict=True))
     assert max(waits[10:]) > 4
     assert len(set(waits)) == 300  # no two senders keep in step
+
+
+# --- refusals, pauses, overload (CASES 40-45)
+
+REFUSED = Answer(Verdict.REFUSED, "HTTP 400: the endpoint refuses an event of this batch (no)", 400, "no")
+BUSY = Answer(Verdict.SLOW_DOWN, "HTTP 429", 429)
+BROKEN = Answer(Verdict.RETRY, "HTTP 500", 500)
+
+
+def batch_of(*ids: int) -> Batch:
+    events = b",".join(b'{"id":"%d"}' % number for number in ids)
+    return Batch(b"[" + events + b"]", len(ids), [(Span(1, 1, b"", Books(), [], len(ids)), len(ids))])
+
+
+def ids_in(body: bytes) -> list[str]:
+    return [str(event["id"]) for event in json.loads(body)]
+
+
+class Judging:
+    """An endpoint whose answer depends on what it gets; keeps what came, and how much of it at the same time."""
+
+    def __init__(self, answer_of: Callable[[list[str]], Answer]) -> None:
+        self.answer_of = answer_of
+        self.got: list[list[str]] = []
+        self.under_way = 0
+        self.most = 0
+
+    async def post(self, body: bytes) -> Answer:
+        ids = ids_in(body)
+        self.got.append(ids)
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        self.under_way -= 1
+        return self.answer_of(ids)
+
+
+async def settle(
+    endpoint: Posts, batches: Sequence[Batch], *, workers: int = 1, retry: Retry = AT_ONCE
+) -> tuple[list[str], list[str], Shipper]:
+    """Ship all batches until each event is accepted or refused: which were what, in order."""
+    queue: asyncio.Queue[Batch] = asyncio.Queue()
+    accepted: list[str] = []
+    refused: list[str] = []
+    done = asyncio.Event()
+
+    def note(into: list[str], each: Batch) -> None:
+        into += ids_in(each.body)
+        if len(accepted) + len(refused) == sum(each.events for each in batches):
+            done.set()
+
+    shipper = Shipper(
+        endpoint, retry, queue, lambda each: note(accepted, each), lambda each, _: note(refused, each), workers
+    )
+    for each in batches:
+        queue.put_nowait(each)
+    tasks = [asyncio.create_task(work()) for work in (*[shipper.work] * workers, shipper.work_aside)]
+    async with asyncio.timeout(20):
+        await done.wait()
+        await queue.join()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return accepted, refused, shipper
+
+
+def test_one_bad_event_costs_only_itself_and_is_told_once(log: pytest.LogCaptureFixture) -> None:
+    """Case 43: with as few requests as halving takes, and no event in the log."""
+    endpoint = Judging(lambda ids: REFUSED if {"17", "40"} & {*ids} else OK)
+    accepted, refused, _ = asyncio.run(settle(endpoint, [batch_of(*range(n, n + 25)) for n in (0, 25, 50, 75)]))
+    assert (sorted(refused), len(accepted), len(set(accepted))) == (["17", "40"], 98, 98)
+    assert len(endpoint.got) < 30
+    (told,) = lines(log)
+    assert told.startswith(
+        "ERROR 1 events refused by the endpoint and kept as dead letters, the last one with HTTP 400"
+    )
+    assert '"id"' not in told
+
+
+def test_an_event_is_not_convicted_by_a_server_that_accepts_nothing() -> None:
+    """Case 43: neither before the server accepts an empty batch, nor for what it said before that."""
+    tries = iter(range(1000))
+    endpoint = Judging(lambda ids: REFUSED if next(tries) < 20 else OK)
+    accepted, refused, _ = asyncio.run(settle(endpoint, [batch_of(1)]))
+    assert (accepted, refused) == (["1"], [])
+    assert [] in endpoint.got
+
+
+def test_a_single_bad_event_is_refused_when_an_empty_batch_is_accepted() -> None:
+    endpoint = Judging(lambda ids: REFUSED if ids else OK)
+    assert asyncio.run(settle(endpoint, [batch_of(1)]))[:2] == ([], ["1"])
+    assert endpoint.got == [["1"], [], ["1"]]
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_hopeless_events_do_not_keep_others_waiting(workers: int) -> None:
+    """Case 40: more events that always fail than there are workers; all others pass, and what passes convicts them."""
+    poison = {str(number) for number in range(0, 300, 30)}
+    endpoint = Judging(lambda ids: BROKEN if poison & {*ids} else OK)
+
+    async def run() -> tuple[set[str], list[str]]:
+        queue: asyncio.Queue[Batch] = asyncio.Queue(maxsize=1)
+        accepted: set[str] = set()
+        refused: list[str] = []
+        shipper = Shipper(
+            *(endpoint, AT_ONCE, queue, lambda each: accepted.update(ids_in(each.body))),
+            *(lambda each, _: refused.extend(ids_in(each.body)), workers),
+        )
+        tasks = [asyncio.create_task(work()) for work in (*[shipper.work] * workers, shipper.work_aside)]
+        async with asyncio.timeout(20):
+            number = 0
+            while len(refused) < len(poison) or number < 300:
+                await queue.put(batch_of(number, number + 1, number + 2))
+                number += 3
+            await queue.join()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return accepted, refused
+
+    accepted, refused = asyncio.run(run())
+    assert sorted(refused) == sorted(poison)
+    assert len(accepted & {str(number) for number in range(300)}) == 290
+
+
+def test_while_a_person_is_needed_one_asks_and_all_others_wait() -> None:
+    """Case 44: no stampede of refused tries; ready again by itself."""
+    many_tries = asyncio.Event()
+    most: list[int] = []
+
+    def answer_of(ids: list[str]) -> Answer:
+        if len(endpoint.got) == 100:
+            endpoint.most = 0
+        if len(endpoint.got) == 200:
+            most.append(endpoint.most)
+            many_tries.set()
+        return NO_TOKEN if len(endpoint.got) <= 300 else OK
+
+    endpoint = Judging(answer_of)
+    story: list[tuple[bool, str | None]] = []
+
+    async def run() -> list[str]:
+        queue: asyncio.Queue[Batch] = asyncio.Queue()
+        accepted: list[str] = []
+        shipper = Shipper(endpoint, AT_ONCE, queue, lambda each: accepted.extend(ids_in(each.body)), never_refused, 8)
+        for number in range(40):
+            queue.put_nowait(batch_of(number))
+        tasks = [asyncio.create_task(shipper.work()) for _ in range(8)]
+        async with asyncio.timeout(20):
+            await many_tries.wait()
+            story.append((shipper.health.is_ready, shipper.health.reason))
+            assert len({tuple(ids) for ids in endpoint.got[8:200]}) == 1, "one batch asks"
+            await queue.join()
+        story.append((shipper.health.is_ready, shipper.health.reason))
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return accepted
+
+    assert sorted(asyncio.run(run()), key=int) == [str(number) for number in range(40)]
+    assert story == [(False, NO_TOKEN.reason), (True, None)]
+    assert most == [1]
+
+
+def test_an_overloaded_server_gets_less_at_the_same_time_and_then_more() -> None:
+    """Case 41: additive increase, multiplicative decrease."""
+    answers = iter([BUSY] * 1)
+    endpoint = Judging(lambda ids: next(answers, OK))
+    _, _, shipper = asyncio.run(settle(endpoint, [batch_of(number) for number in range(8)], workers=8))
+    assert shipper._pace.limit in (4, 5)
+    endpoint = Judging(lambda ids: OK)
+    *_, shipper = asyncio.run(settle(endpoint, [batch_of(number) for number in range(100)], workers=8))
+    assert (endpoint.most, shipper._pace.limit) == (8, 8)
+
+
+def test_nobody_sends_while_the_server_wants_to_be_left_alone() -> None:
+    """Case 41: Retry-After holds for all workers."""
+    times: list[float] = []
+    answers = iter([Answer(Verdict.SLOW_DOWN, "HTTP 503", 503, retry_after_seconds=0.3)])
+
+    class Timed:
+        async def post(self, body: bytes) -> Answer:
+            times.append(time.monotonic())
+            return next(answers, OK)
+
+    asyncio.run(settle(Timed(), [batch_of(number) for number in range(5)], workers=1))
+    assert times[1] - times[0] >= 0.3
+    assert times[-1] - times[1] < 0.3
+
+
+def test_a_server_that_refuses_everything_is_not_hammered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Case 43: a rest after so many requests in a row, the longer the less comes of it."""
+    waits: list[float] = []
+    real_sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+
+    async def note(seconds: float) -> None:
+        if seconds:
+            waits.append(seconds)
+        await real_sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", note)
+    endpoint = Judging(lambda ids: REFUSED if ids else OK)
+    _, refused, _ = asyncio.run(settle(endpoint, [batch_of(*range(500))], retry=LATER))
+    assert len(refused) == 500
+    assert len(endpoint.got) <= 2 * 500 + 2
+    assert len(waits) == (len(endpoint.got) - 2) // MAX_REQUESTS_IN_A_ROW

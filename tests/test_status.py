@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from metershipper.books import Books, Count
 from metershipper.checkpoint import Checkpoint
 from metershipper.errors import StateError
 from metershipper.ledger import Settled
-from metershipper.records import NewFile, Sample
+from metershipper.records import Gap, Lost, NewFile, Sample
 from metershipper.state import StateLock, make_private_directory
 from metershipper.status import FileStatus, read_status, render
 
@@ -86,6 +87,8 @@ def test_the_report_as_json_counts_every_name_and_balances(directory: Path, tmp_
             Count.ENTRIES: 6,
             Count.BILLED: 2,
             Count.EVENTS: 5,
+            Count.ACKNOWLEDGED: 4,
+            Count.REFUSED: 1,
             "skipped.no_subject": 3,
             "dead_letters.not_json": 1,
         }
@@ -98,11 +101,12 @@ def test_the_report_as_json_counts_every_name_and_balances(directory: Path, tmp_
         "state_directory": str(directory),
         "running": False,
         "process_id": None,
+        "gaps": [],
         "files": [
             {"path": str(tmp_path / "usage.log"), "position_bytes": 80, "size_bytes": 100, "unread_bytes": 20},
         ],
         "books": dict.fromkeys(map(str, Count), 0)
-        | {"lines": 6, "entries": 6, "billed": 2, "events": 5}
+        | {"lines": 6, "entries": 6, "billed": 2, "events": 5, "events.acknowledged": 4, "events.refused": 1}
         | {"skipped": {"no_subject": 3}, "dead_letters": {"not_json": 1}, "balanced": True},
     }
 
@@ -149,3 +153,57 @@ def test_a_directory_where_nothing_was_recorded_is_told(tmp_path: Path) -> None:
 def test_a_directory_that_can_not_be_looked_into_is_told(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="can't be read: File name too long"):
         read_status(tmp_path / ("x" * 300))
+
+
+def test_what_is_lost_is_told_until_it_is_found(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """(case 9)"""
+    log = str(tmp_path / "usage.log")
+    with Checkpoint(directory) as checkpoint:
+        checkpoint.report_gap(Gap(1, log, 40, 100, Lost.VANISHED, 1_790_000_000.5))
+        checkpoint.report_gap(Gap(2, f"{log}.2.gz", 7, None, Lost.DAMAGED, 1_790_000_001.0))
+        checkpoint.report_gap(Gap(3, log, 1, 2, Lost.TRUNCATED, 1_790_000_002.0))
+        checkpoint.withdraw_gap(3)
+    status = read_status(directory)
+    assert status.as_dict()["gaps"] == [
+        {"path": log, "start_offset": 40, "end_offset": 100, "reason": "vanished", "found_at": "2026-09-21T14:13:20Z"},
+        {
+            "path": f"{log}.2.gz",
+            "start_offset": 7,
+            "end_offset": None,
+            "reason": "damaged",
+            "found_at": "2026-09-21T14:13:21Z",
+        },
+    ]
+    render(status)
+    out = capsys.readouterr().out
+    assert f"LOST: {log}: 60 bytes from byte 40 on can't be read any more: the file is gone" in out
+    assert f"LOST: {log}.2.gz: whatever came after byte 7 can't be read any more: the compressed file does" in out
+
+
+def test_a_compressed_file_has_a_position_in_its_content(directory: Path, tmp_path: Path) -> None:
+    """How much of it is left is known once it was read to its end (case 27)."""
+    packed = tmp_path / "usage.log.1.gz"
+    packed.write_bytes(b"x" * 10)
+    with Checkpoint(directory) as checkpoint:
+        record(checkpoint, packed, 500)
+        (stored,) = checkpoint.files()
+        stored = replace(stored, path=str(tmp_path / "usage.log"), compressed=True)
+        checkpoint.update(stored)
+        assert read_status(directory).files == [FileStatus(str(packed), 500, 10, None)]
+        checkpoint.update(replace(stored, seen_bytes=620))
+        assert read_status(directory).files == [FileStatus(str(packed), 500, 10, 120)]
+
+
+def test_a_file_that_was_rotated_into_a_directory_beneath_is_found(directory: Path, tmp_path: Path) -> None:
+    """logrotate's `olddir`; a file of another name there only has the inode."""
+    log, old = tmp_path / "usage.log", tmp_path / "old"
+    old.mkdir()
+    log.write_bytes(b"x" * 9)
+    with Checkpoint(directory) as checkpoint:
+        record(checkpoint, log, 4)
+    log.rename(old / "usage.log.1")
+    assert read_status(directory).files == [FileStatus(str(old / "usage.log.1"), 4, 9, 5)]
+    (old / "usage.log.1").rename(old / "other")
+    assert read_status(directory).files == [FileStatus(str(log), 4, None, None)]

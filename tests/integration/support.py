@@ -13,11 +13,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import orjson
 
 from metershipper.books import Books, Count
 from metershipper.checkpoint import Checkpoint
+from metershipper.dead_letters import Filter, Letter
 from metershipper.errors import StateError
 from metershipper.mapper import Mapper
 from metershipper.metering import Metering, Subject
@@ -28,6 +30,32 @@ DEADLINE_SECONDS = 60.0
 # What the endpoint does with a request: store it or not, and answer, answer 503, or close without an answer.
 Fault = str
 FAULTS: tuple[Fault, ...] = ("503 before", "503 after", "closed before", "closed after")
+
+
+@dataclass(frozen=True)
+class Received:
+    """One request as it came: header names in lower case, and the events of its body."""
+
+    headers: dict[str, str]
+    body: bytes
+    events: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the endpoint does in place of accepting: answer this, having stored the events or not; or never answer."""
+
+    status: int = 204
+    body: bytes = b""
+    content_type: str = "application/problem+json"
+    headers: dict[str, str] = field(default_factory=dict)
+    stores: bool = False
+    hangs: bool = False
+
+    def encoded(self) -> bytes:
+        named = {"Content-Length": str(len(self.body)), "Content-Type": self.content_type} | self.headers
+        lines = [f"HTTP/1.1 {self.status} X", *(f"{name}: {value}" for name, value in named.items()), "", ""]
+        return "\r\n".join(lines).encode() + self.body
 
 
 @dataclass
@@ -45,6 +73,10 @@ class FaultyEndpoint:
     failed: int = 0
     answering: threading.Event = field(default_factory=threading.Event)  # while clear, requests wait for an answer
     port: int = 0
+    # Asked about each request: what to do with it, None for what the endpoint does by itself.
+    behaviour: Callable[[Received], Reply | None] = lambda _: None
+    received: list[Received] = field(default_factory=list)
+    keeps_received: bool = False
 
     def __enter__(self) -> "FaultyEndpoint":
         self.answering.set()
@@ -105,10 +137,22 @@ class FaultyEndpoint:
                 await writer.wait_closed()
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-        headers = dict(line.split(": ", 1) for line in head.split("\r\n")[1:] if line)
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        lines = (line.split(": ", 1) for line in head.split("\r\n")[1:] if line)
+        headers = {name.lower(): value for name, value in lines}
         body = await reader.readexactly(int(headers["content-length"]))
         self.requests += 1
+        request = Received(headers, body, orjson.loads(body))
+        if self.keeps_received:
+            self.received.append(request)
+        if (reply := self.behaviour(request)) is not None:
+            if reply.stores:
+                accept(self.store, "v1", body, headers["content-type"])
+            if reply.hangs:
+                await self._stop.wait()
+            writer.write(reply.encoded())
+            await writer.drain()
+            return True
         await asyncio.to_thread(self.answering.wait)
         fault = self._random.choice(self.faults) if self._random.random() < self.rate else ""
         if not fault.endswith("before"):
@@ -178,6 +222,27 @@ field = "username"
                 return checkpoint.books()
         except StateError:
             return Books()
+
+    def letters(self) -> list[Letter]:
+        """The committed dead letters."""
+        with Checkpoint(self.state, read_only=True) as checkpoint:
+            return checkpoint.dead_letters.select(Filter(), 1_000_000)
+
+    def command(self, *words: str) -> "subprocess.CompletedProcess[str]":
+        """Another of our commands over the same configuration, to its end."""
+        command = [sys.executable, "-m", "metershipper", *words, "-c", str(self.config)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_SECONDS)
+
+    def configure(self, section: str, *lines: str) -> None:
+        """Add lines to a section of the configuration."""
+        text = self.config.read_text(encoding="utf-8")
+        assert f"[{section}]\n" in text
+        added = "".join(f"{line}\n" for line in lines)
+        self.config.write_text(text.replace(f"[{section}]\n", f"[{section}]\n{added}", 1), encoding="utf-8")
+
+    def wait_for_words(self, process: "subprocess.Popen[bytes]", words: str) -> None:
+        """Wait until the log holds these words."""
+        wait_until(lambda: words in self.errors.read_text(), lambda: self.story(process))
 
     def wait_for_lines(self, process: "subprocess.Popen[bytes]", lines: int) -> None:
         """Wait until that many lines are settled."""

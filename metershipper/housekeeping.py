@@ -1,0 +1,88 @@
+"""What `run` does from time to time beside delivering: dead letters that are to be tried again, their bounds, and a
+warning when usage waits for so long that an invoice could close without it.
+
+Never stops or slows delivery: a state that can't be read or written at the moment is looked at again later.
+"""
+
+import asyncio
+import logging
+import sqlite3
+import time
+from collections.abc import Callable
+
+from metershipper.checkpoint import Checkpoint
+from metershipper.dead_letters import MAX_AGE_SECONDS, MAX_CONTENT_BYTES, WARN_SHARE, Fill
+from metershipper.redelivery import Redelivery
+
+log = logging.getLogger("metershipper")
+
+LOOK_SECONDS = 1.0
+BOUNDS_SECONDS = 3600.0
+# OpenMeter's invoices take in what is stored up to an hour after their period (billing's collection interval, PT1H).
+WARN_AGE_SECONDS = 1800.0
+REPEAT_WARNING_SECONDS = 300.0
+
+
+class Housekeeping:
+    """One task of a run. Args: `oldest_seconds`, how long the oldest unsettled lines wait, 0 when none do."""
+
+    def __init__(self, checkpoint: Checkpoint, redelivery: Redelivery, oldest_seconds: Callable[[], float]) -> None:
+        self._checkpoint = checkpoint
+        self._redelivery = redelivery
+        self._oldest_seconds = oldest_seconds
+        self._warn_again_at = self._look_at_bounds_at = 0.0
+        self._told_fault = False
+
+    async def run(self) -> None:
+        """Look after things until cancelled."""
+        while True:
+            try:
+                await self._redelivery.step()
+                await self._look_at_bounds()
+                self._told_fault = False
+            except sqlite3.OperationalError as error:
+                if not self._told_fault:
+                    log.warning("dead letters can't be looked after (%s); nothing is lost, trying again", error)
+                    self._told_fault = True
+            self._warn_of_age()
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def _warn_of_age(self) -> None:
+        now, age = time.monotonic(), self._oldest_seconds()
+        if age >= WARN_AGE_SECONDS and now >= self._warn_again_at:
+            self._warn_again_at = now + REPEAT_WARNING_SECONDS
+            log.warning(
+                "the oldest usage that is not delivered was read %d min ago; nothing is lost, but OpenMeter closes an "
+                "invoice an hour after its period",
+                age // 60,
+                extra={"oldest_unsettled_seconds": round(age)},
+            )
+
+    async def _look_at_bounds(self) -> None:
+        if time.monotonic() >= self._look_at_bounds_at:
+            expired, fill = await asyncio.to_thread(self._keep_bounds)
+            self._look_at_bounds_at = time.monotonic() + BOUNDS_SECONDS
+            tell_bounds(expired, fill)
+
+    def _keep_bounds(self) -> tuple[int, Fill]:
+        with self._checkpoint.transaction():
+            table, now = self._checkpoint.dead_letters, time.time()
+            return table.expire(now), table.fill(now)
+
+
+def tell_bounds(expired: int, fill: Fill) -> None:
+    """Warn before the content of dead letters is cut away, and say so when it was."""
+    if expired:
+        log.error(
+            "%d dead letters are older than %d days: their content was cut away", expired, MAX_AGE_SECONDS / 86400
+        )
+    if fill.size >= WARN_SHARE or fill.age >= WARN_SHARE:
+        log.error(
+            "the dead letters fill %d %% of their %d MiB, and the oldest is %d days old: above that, or older than %d "
+            "days, only their places are kept; see `metershipper dead-letters list`, then retry or purge",
+            fill.size * 100,
+            MAX_CONTENT_BYTES // 2**20,
+            fill.age * MAX_AGE_SECONDS / 86400,
+            MAX_AGE_SECONDS / 86400,
+            extra={"dead_letters": fill.letters},
+        )
