@@ -87,8 +87,15 @@ class Checkpoint:
         if os.path.lexists(self._path) and not self._read_only:
             self._open_file(os.O_RDWR)
         if self._path.exists() and self._path.stat().st_size:
-            with closing(self._open(read_only=True)) as db:
-                _refuse_damage(db)
+            try:
+                with closing(self._open(read_only=True)) as db:
+                    _refuse_damage(db)
+            except sqlite3.OperationalError as error:
+                if self._read_only or error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_READONLY:
+                    raise
+                # A power cut while the file was made: SQLite must undo what was begun before anybody can look.
+                with closing(self._open(read_only=False)) as db:
+                    _refuse_damage(db)
         elif self._expected and not self._start_over:
             raise StateError(
                 f"{self._path}: gone or empty, though this directory was in use. Restore it, or start with "
