@@ -86,7 +86,7 @@ class FileSet:
     def directories(self) -> set[str]:
         """Existing directories in which a followed log changes, or a configured one may appear."""
         paths = self._lineages.logs() | {entry.path for entry in self.inputs}
-        return {parent for parent in (os.path.dirname(path) or "." for path in paths) if os.path.isdir(parent)}
+        return set(filter(os.path.isdir, {os.path.dirname(path) or "." for path in paths}))
 
     # Reading
 
@@ -217,7 +217,6 @@ class FileSet:
         try:
             if not self._is_known(file):
                 return
-            file.look()
             at_its_end = file.rotated and file.is_read and not file.grew()
         except OSError as error:
             self._fail(file, error)

@@ -77,7 +77,7 @@ class FollowedFile:
 
         Raises: OSError; Damaged behind the last line that could be unpacked.
         """
-        state = self.look()
+        state = self.content.state()
         if self._skimmed is not None:
             return self._step_over(self._skimmed)
         if state == self._seen or state[0] <= self.offset:
@@ -99,13 +99,6 @@ class FollowedFile:
                 self._note_end()
                 return None
             wanted = min(wanted * _GROWTH, max_line_bytes)
-
-    def look(self) -> tuple[int, int]:
-        """See how long it is. Raises OSError."""
-        state = self.content.state()
-        if not self.content.compressed:
-            self.size_bytes = state[0]
-        return state
 
     def _note_end(self) -> None:
         """There is nothing more to read for now. Raises Damaged where that is not the end."""
@@ -169,15 +162,21 @@ class FollowedFile:
         return 0 < self.head.length <= size < self.offset and self._has_its_head()
 
     def was_replaced(self) -> bool:
-        """Whether the file holds other content now: truncated, perhaps grown again. Raises OSError."""
+        """Whether the file holds other content now: truncated, perhaps grown again. If not, see how long it is.
+
+        Raises: OSError.
+        """
         state = self.content.state()
         if state[0] < self.offset or (state[0] < self.size_bytes and not self.head.length):
             return True
         if state == self._seen or self.content.compressed:
             return False
-        if self.content.pread(len(self.tail), self.offset - len(self.tail)) != self.tail:
+        if self.offset and self.content.pread(len(self.tail), self.offset - len(self.tail)) != self.tail:
             return True
-        return not self._has_its_head()
+        if not self._has_its_head():
+            return True
+        self.size_bytes = state[0]
+        return False
 
     def has_a_name(self) -> bool:
         """Whether a directory still lists it; also when that can't be told."""

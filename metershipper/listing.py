@@ -9,7 +9,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from metershipper.config import FileInput
 from metershipper.records import Identity
@@ -72,28 +72,27 @@ class Listing:
 
         Args: `known_inputs`, those for which `read_from = "end"` says nothing any more.
         """
-        found: dict[Identity, Found] = {}
+        seen: dict[Identity, tuple[str, os.stat_result, FileInput]] = {}
         for entry in self.inputs:
-            from_end = entry.read_from == "end" and entry.path not in known_inputs
             paths = sorted(glob.glob(entry.path, recursive=True)) if glob.has_magic(entry.path) else [entry.path]
             if not any(map(os.path.lexists, paths)):
                 self.complain(entry.path, "no such file yet; it is followed as soon as it appears", failed=False)
             for path in paths:
                 status = self._regular(path)
                 if status is not None:
-                    each = Found(path, path, entry.path, status, from_end, listed=True)
-                    found.setdefault(each.identity, each)
-        paths_found = {each.path for each in found.values()}
+                    seen.setdefault((status.st_dev, status.st_ino), (path, status, entry))
+        paths_seen = {path for path, _, _ in seen.values()}
         logs: dict[Identity, Found] = {}
         compressed: list[Found] = []
-        for identity, each in found.items():
-            whole = _whole_of(each.path, paths_found)
-            if not is_compressed_name(each.path):
-                logs[identity] = replace(each, whole=whole)
+        for identity, (path, status, entry) in seen.items():
+            whole = _whole_of(path, paths_seen)
+            from_end = entry.read_from == "end" and entry.path not in known_inputs
+            if not is_compressed_name(path):
+                logs[identity] = Found(path, path, entry.path, status, from_end, listed=True, whole=whole)
             elif whole is not None:
-                compressed.append(replace(each, log=whole))
+                compressed.append(Found(path, whole, entry.path, status, from_end, listed=True))
             else:
-                self.complain(each.path, "compressed, and no log stands beside it, so it is not followed", failed=False)
+                self.complain(path, "compressed, and no log stands beside it, so it is not followed", failed=False)
         return logs, compressed
 
     def _regular(self, path: str) -> os.stat_result | None:
@@ -203,5 +202,5 @@ class Listing:
 
 def _whole_of(path: str, paths: Collection[str]) -> str | None:
     """Which of `paths` is the log that `path` is a rotated part of, by its name."""
-    directory, name = os.path.split(path)
-    return next((whole for base in logs_of(name) if (whole := os.path.join(directory, base)) in paths), None)
+    directory, slash, name = path.rpartition("/")
+    return next((whole for base in logs_of(name) if (whole := directory + slash + base) in paths), None)

@@ -157,7 +157,7 @@ class Placing:
         was_blank = record is not None and record.is_blank  # of our own log, when it was last seen
         if not found.status.st_size or not found.named:
             return
-        if not self.known.is_known(found) and not found.listed:
+        if not self.known.is_known(found) and (found.from_end or not found.listed):
             # There before its log was ever looked for: whether it was billed before, nobody here knows.
             log.warning("%s: %s", found.path, _HISTORY)
             size = 0 if content.compressed else found.status.st_size

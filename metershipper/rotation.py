@@ -6,6 +6,7 @@ a container runtime: 0.log.20261121-101010.gz. A name says what may be a part, t
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 # What could be a part of a log, but can't be unpacked here.
@@ -21,11 +22,16 @@ def is_compressed_name(name: str) -> bool:
     return name.endswith((*COMPRESSED_SUFFIXES, *FOREIGN_SUFFIXES))
 
 
-def logs_of(name: str) -> Iterator[str]:
+@lru_cache(maxsize=4096)
+def logs_of(name: str) -> tuple[str, ...]:
     """The names of the logs that a file of this name may be a part of; the longest first.
 
     usage-1.log.1 is one of usage-1.log, if there is such a log, and else of usage.log.
     """
+    return tuple(_logs_of(name))
+
+
+def _logs_of(name: str) -> Iterator[str]:
     plain = next((name.removesuffix(suffix) for suffix in COMPRESSED_SUFFIXES if name.endswith(suffix)), name)
     if not plain or plain.endswith((*FOREIGN_SUFFIXES, *_LEFT_BEHIND)):
         return

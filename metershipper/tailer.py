@@ -15,8 +15,8 @@ from metershipper.followed import Block
 
 log = logging.getLogger("metershipper.tailer")
 
-# New, renamed and rotated files are found within this.
-POLL_SECONDS = 0.5
+# New, renamed and rotated files are found within this: a second is what is promised.
+POLL_SECONDS = 0.75
 # Where the kernel reports no changes, the open files are looked at this often.
 UNWATCHED_SECONDS = 0.2
 # Kernel events are gathered for this long before they wake the reader: a busy log would report every line.

@@ -759,3 +759,17 @@ def test_a_log_that_was_empty_when_it_was_last_looked_at_is_read_once(site: Site
         got += site.read()
     assert got == lines(0, 4)
     assert site.checkpoint.gaps() == []
+
+
+def test_read_from_end_leaves_out_what_was_compressed_before_the_first_start(tmp_path: Path) -> None:
+    """Also where the input names it (case 9): a part that comes later is read."""
+    site = Site(tmp_path, [str(tmp_path / "logs" / "usage.log*")], read_from="end")
+    append(site.log, lines(0))
+    (site.logs / "usage.log.1.gz").write_bytes(gzip.compress(lines(10, 3)))
+    site.start()
+    assert site.read() == b""
+    append(site.log, lines(1))
+    (site.logs / "usage.log.0.gz").write_bytes(gzip.compress(lines(20)))
+    site.pass_time(LISTING_SECONDS)
+    assert sorted(site.read().splitlines()) == sorted((lines(1) + lines(20)).splitlines())
+    site.stop()

@@ -25,7 +25,7 @@ from tests.integration.support import FaultyEndpoint, Site, append, expected_ids
 KILLS = int(os.environ.get("KILLS", "200"))
 SITES = 2  # side by side, each killed its share of times
 # From a process's start: it is read in, opens the state, looks around and delivers its first batches.
-START_SECONDS = 0.9
+START_SECONDS = 0.7
 LINES_AT_ONCE = 20
 
 
