@@ -29,9 +29,10 @@ MAX_SUBDIRECTORIES = 64
 class Found:
     """A file seen in a directory. `log`: the path of the log that it is or may be a part of; `input`: what names that.
 
-    `from_end`: only what comes is read of it. `named`: it is called as rotation would call it, and not just known by
-    its inode. `listed`: an input names it. `whole`: of a log that an input names, the other one whose copy it may be
-    (`usage.log*`). `beneath`: it is in a directory beneath that of the log.
+    `from_end`: only what comes is read of it; of something compressed, if it was not there at first. `named`: it is
+    called as rotation would call it, and not just known by its inode. `listed`: an input names it. `whole`: of a log
+    that an input names, the other one whose copy it may be (`usage.log*`). `beneath`: it is in a directory beneath that
+    of the log.
     """
 
     path: str
@@ -86,8 +87,9 @@ class Listing:
         compressed: list[Found] = []
         for identity, (path, status, entry) in seen.items():
             whole = _whole_of(path, paths_seen)
-            from_end = entry.read_from == "end" and entry.path not in known_inputs
+            from_end = entry.read_from == "end"
             if not is_compressed_name(path):
+                from_end = from_end and entry.path not in known_inputs
                 logs[identity] = Found(path, path, entry.path, status, from_end, listed=True, whole=whole)
             elif whole is not None:
                 compressed.append(Found(path, whole, entry.path, status, from_end, listed=True))

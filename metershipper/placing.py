@@ -141,10 +141,10 @@ class Placing:
         known = record or self.known.watched(content, head) or self._moved(content, head, logs)
         if known is None:
             self._place_unseen(opened, found, head, logs)
-        elif known.history and found.listed:
+        elif known.history and found.listed and not found.from_end:
             self._follow_new(opened, found, _new(found, content, head, 0), rotated=True)
         elif (
-            (known.history and content.compressed)
+            (known.history and (content.compressed or found.from_end))
             or self.known.is_watched(known)
             or not content.has_more_than(known.position)
         ):
