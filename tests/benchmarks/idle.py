@@ -30,7 +30,7 @@ def main() -> None:
     store, traffic = TimedStore(), Traffic(3, started_at_ms=1_790_000_000_000)
     with tempfile.TemporaryDirectory() as directory, FaultyEndpoint(store=store) as endpoint:
         site = Site(Path(directory), endpoint.url)
-        site.config.write_text(site.config.read_text().replace(str(site.log), f"{directory}/*.log"))
+        site.config.write_text(site.config.read_text().replace(str(site.log), f"{directory}/quiet-*.log"))
         for number in range(options.files):
             append(Path(directory) / f"quiet-{chr(97 + number // 26)}{chr(97 + number % 26)}.log", traffic.line())
         with site.running() as process:

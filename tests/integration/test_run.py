@@ -6,13 +6,14 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
 from metershipper.books import Count
 from metershipper.traffic import Traffic
-from tests.integration.support import FaultyEndpoint, Site, append, expected_ids, stop, wait_until
+from tests.integration.support import FaultyEndpoint, Site, TimedStore, append, expected_ids, stop, wait_until
 
 
 def lines_of(seed: int, count: int) -> list[bytes]:
@@ -233,3 +234,25 @@ def test_a_state_that_can_not_be_written_for_a_while_costs_nothing(tmp_path: Pat
             assert stop(process) == 0
         assert site.books().balanced
         assert endpoint.store.counts()["repeats"] == 0
+
+
+def test_new_lines_and_new_files_are_acknowledged_soon(tmp_path: Path) -> None:
+    """Promised are 0.3 s beyond `max_wait_seconds`, and 1 s for a file that is new under a glob (cases 1, 19).
+
+    What is asserted leaves room for a busy machine; `tests/benchmarks/idle.py` measures.
+    """
+    traffic, store = Traffic(9, started_at_ms=1_790_000_000_000), TimedStore()
+    with FaultyEndpoint(store=store) as endpoint:
+        site = Site(tmp_path, endpoint.url)
+        site.config.write_text(site.config.read_text().replace(str(site.log), f"{tmp_path}/usage*.log"))
+        append(site.log, traffic.line())
+        with site.running() as process:
+            site.wait_for_lines(process, 1)
+            for number in range(10):
+                lines = [traffic.line() for _ in range(5)]
+                written = time.monotonic_ns()
+                append(tmp_path / f"usage{'-new' if number == 5 else ''}.log", *lines)
+                site.wait_for_lines(process, 1 + 5 * (number + 1))
+                accepted = max(store.accepted[each] for each in expected_ids(lines))
+                assert (accepted - written) / 1e9 < 2.5
+            assert stop(process) == 0
