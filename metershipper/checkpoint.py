@@ -156,6 +156,7 @@ class Checkpoint:
                 "INSERT OR REPLACE INTO facts VALUES ('starts', 1 + ifnull("
                 "(SELECT value FROM facts WHERE name = 'starts'), 0))"
             )
+            self._db.execute("DELETE FROM facts WHERE name = 'oldest_unsettled_at'")  # of the process before
 
     def _nothing_recorded(self) -> StateError:
         return StateError(f"{self._path}: nothing was recorded yet; start `metershipper run` first")
@@ -293,6 +294,22 @@ class Checkpoint:
         """Everything that is still there was found and is followed."""
         with self.transaction():
             self._db.execute("DELETE FROM facts WHERE name = 'start_over'")
+
+    # How delivery fares
+
+    def note_oldest_unsettled(self, read_at: int | None) -> None:
+        """Record when the oldest lines that wait for delivery were read, in seconds since the epoch; None: none do."""
+        with self.transaction():
+            if read_at is None:
+                self._db.execute("DELETE FROM facts WHERE name = 'oldest_unsettled_at'")
+            else:
+                self._db.execute("INSERT OR REPLACE INTO facts VALUES ('oldest_unsettled_at', ?)", (read_at,))
+
+    def oldest_unsettled_at(self) -> int | None:
+        """What was last noted; true while the process runs that noted it."""
+        with self._lock:
+            row = self._db.execute("SELECT value FROM facts WHERE name = 'oldest_unsettled_at'").fetchone()
+        return None if row is None else int(row[0])
 
     # What is lost
 

@@ -17,6 +17,8 @@ from metershipper.redelivery import Redelivery
 log = logging.getLogger("metershipper")
 
 LOOK_SECONDS = 1.0
+# Usage that waits for longer than this waits for something else than its turn.
+WAITS_SECONDS = 10.0
 BOUNDS_SECONDS = 3600.0
 # OpenMeter's invoices take in what is stored up to an hour after their period (billing's collection interval, PT1H).
 WARN_AGE_SECONDS = 1800.0
@@ -32,6 +34,7 @@ class Housekeeping:
         self._oldest_seconds = oldest_seconds
         self._warn_again_at = self._look_at_bounds_at = 0.0
         self._told_fault = False
+        self._noted_read_at: int | None = None
 
     async def run(self) -> None:
         """Look after things until cancelled."""
@@ -39,6 +42,7 @@ class Housekeeping:
             try:
                 await self._redelivery.step()
                 await self._look_at_bounds()
+                await self._note_age()
                 self._told_fault = False
             except sqlite3.OperationalError as error:
                 if not self._told_fault:
@@ -46,6 +50,17 @@ class Housekeeping:
                     self._told_fault = True
             self._warn_of_age()
             await asyncio.sleep(LOOK_SECONDS)
+
+    async def _note_age(self) -> None:
+        """Let `status` tell how long usage waits, once it waits for longer than delivery takes."""
+        age = self._oldest_seconds()
+        read_at = round(time.time() - age) if age >= WAITS_SECONDS else None
+        noted = self._noted_read_at
+        if read_at is None and noted is None:
+            return
+        if read_at is None or noted is None or abs(read_at - noted) >= WAITS_SECONDS:
+            await asyncio.to_thread(self._checkpoint.note_oldest_unsettled, read_at)
+            self._noted_read_at = read_at
 
     def _warn_of_age(self) -> None:
         now, age = time.monotonic(), self._oldest_seconds()

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -45,6 +46,7 @@ class Status:
     files: list[FileStatus]
     gaps: list[Gap]
     books: Books
+    oldest_unsettled_seconds: int = 0  # how long the oldest lines wait for delivery, if that is 10 s or more
 
     def as_dict(self) -> dict[str, Any]:
         """The report for `--json`: counts by name, reasons as nested tables."""
@@ -53,6 +55,7 @@ class Status:
             "state_directory": self.state_directory,
             "running": self.process_id is not None,
             "process_id": self.process_id,
+            "oldest_unsettled_seconds": self.oldest_unsettled_seconds,
             "files": [asdict(file) for file in self.files],
             "gaps": [_plain_gap(gap) for gap in self.gaps],
             "books": plain
@@ -77,7 +80,9 @@ def read_status(directory: Path) -> Status:
             stored = [file for file in checkpoint.files() if file.identity is not None and not file.history]
             there = _files_in({os.path.dirname(file.path) or "." for file in stored})
             files = [_file_status(file, there) for file in stored]
-            return Status(str(directory), holder_of(directory), files, checkpoint.gaps(), checkpoint.books())
+            holder, since = holder_of(directory), checkpoint.oldest_unsettled_at()
+            waits = 0 if holder is None or since is None else max(0, round(time.time()) - since)
+            return Status(str(directory), holder, files, checkpoint.gaps(), checkpoint.books(), waits)
     except OSError as error:
         raise StateError(f"{directory}: can't be read: {error.strerror}") from None
 
@@ -127,6 +132,8 @@ def render(status: Status) -> None:
     console.print(table)
     if gone := len(status.files) - len(present):
         console.print(f"and {gone} files that are gone")
+    if waits := status.oldest_unsettled_seconds:
+        console.print(f"the oldest usage that is not delivered was read {waits:,} s ago")
     for gap in status.gaps:
         console.print(f"LOST: {describe(gap)}", markup=False)
     for line in summary(status.books, "dead letters"):

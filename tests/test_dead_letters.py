@@ -4,6 +4,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -278,6 +279,29 @@ def test_usage_that_waits_is_warned_of_within_the_hour(
     (told,) = caplog.records
     assert "was read 31 min ago" in told.getMessage()
     assert vars(told)["oldest_unsettled_seconds"] == 1861
+
+
+def test_how_long_usage_waits_is_noted_when_it_changes(checkpoint: Checkpoint) -> None:
+    """For `status`, which is another process (case 39): a write for each change, not for each second."""
+    ages = iter([0.0, 5.0, 60.0, 60.2, 30.0, 0.0, 0.0])
+
+    async def put(_: Batch) -> None:
+        raise AssertionError
+
+    keeper = Housekeeping(checkpoint, Redelivery(checkpoint, WITHOUT_TOKENS, BatchSettings(), put), lambda: next(ages))
+
+    async def run() -> list[int | None]:
+        noted = []
+        for _ in range(7):
+            await keeper._note_age()
+            noted.append(checkpoint.oldest_unsettled_at())
+        return noted
+
+    now = time.time()
+    none, short, long, same, shorter, *over = asyncio.run(run())
+    assert (none, short, over) == (None, None, [None, None])
+    assert long is not None and shorter is not None
+    assert long == same and abs(now - 60 - long) < 5 and abs(now - 30 - shorter) < 5
 
 
 # --- the commands, where things do not go as wished

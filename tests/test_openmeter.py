@@ -12,6 +12,7 @@ import ssl
 import time
 import tracemalloc
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -554,6 +555,59 @@ def test_the_certificate_is_checked_unless_the_configuration_says_otherwise(tmp_
     (wrong,) = asyncio.run(answers("other.example", ours))
     assert wrong.verdict is Verdict.RETRY
     assert wrong.reason.startswith("TLS failed: IP address mismatch")
+
+
+def test_a_name_is_resolved_again_at_every_new_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CASES 46: a name that fails for a while, or moves to another address, is nothing to restart for."""
+    addresses: list[str | None] = [None, "127.0.0.2", "127.0.0.1"]
+    resolve = socket.getaddrinfo
+
+    def moving(host: Any, *rest: Any, **more: Any) -> Any:
+        if host not in ("openmeter.test", b"openmeter.test"):
+            return resolve(host, *rest, **more)
+        address = addresses.pop(0)
+        if address is None:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return resolve(address, *rest, **more)
+
+    async def run() -> list[Answer]:
+        async with Server(ACCEPTED) as server:
+            monkeypatch.setattr(socket, "getaddrinfo", moving)
+            async with Endpoint(server.url.replace("127.0.0.1", "openmeter.test"), settings()) as endpoint:
+                return [await endpoint.post(BODY) for _ in range(3)]
+
+    unknown, refused, accepted = asyncio.run(run())
+    assert unknown == Answer(Verdict.RETRY, "the host name can't be resolved (DNS)")
+    assert refused == Answer(Verdict.RETRY, "the connection was refused: nothing listens there")
+    assert accepted.verdict is Verdict.ACCEPTED
+    assert addresses == []
+
+
+def test_a_certificate_that_expired_is_told_and_its_successor_taken_up(tmp_path: Path) -> None:
+    """CASES 47: also during a run."""
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(tmp_path / "ca.pem")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ca.issue_cert("127.0.0.1", not_after=datetime(2020, 1, 1, tzinfo=UTC)).configure_cert(context)
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            await reader.readuntil(BODY)
+            writer.write(b"HTTP/1.1 204 X\r\nConnection: close\r\n\r\n")
+            await writer.drain()
+        writer.close()
+
+    async def run() -> list[Answer]:
+        async with await asyncio.start_server(accept, "127.0.0.1", 0, ssl=context) as server:
+            url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/api/v1/events"
+            async with Endpoint(url, settings(ca_file=tmp_path / "ca.pem")) as endpoint:
+                expired = await endpoint.post(BODY)
+                ca.issue_cert("127.0.0.1").configure_cert(context)
+                return [expired, await endpoint.post(BODY)]
+
+    expired, renewed = asyncio.run(run())
+    assert (expired.verdict, expired.reason) == (Verdict.RETRY, "TLS failed: certificate has expired")
+    assert renewed.verdict is Verdict.ACCEPTED
 
 
 def test_tls_to_a_port_that_speaks_http_is_told() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,6 +103,7 @@ def test_the_report_as_json_counts_every_name_and_balances(directory: Path, tmp_
         "running": False,
         "process_id": None,
         "gaps": [],
+        "oldest_unsettled_seconds": 0,
         "files": [
             {"path": str(tmp_path / "usage.log"), "position_bytes": 80, "size_bytes": 100, "unread_bytes": 20},
         ],
@@ -207,3 +209,21 @@ def test_a_file_that_was_rotated_into_a_directory_beneath_is_found(directory: Pa
     assert read_status(directory).files == [FileStatus(str(old / "usage.log.1"), 4, 9, 5)]
     (old / "usage.log.1").rename(old / "other")
     assert read_status(directory).files == [FileStatus(str(log), 4, None, None)]
+
+
+def test_how_long_usage_waits_is_told_while_somebody_delivers(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """(case 39)"""
+    with StateLock(directory), Checkpoint(directory) as checkpoint:
+        checkpoint.note_oldest_unsettled(round(time.time()) - 3600)
+        status = read_status(directory)
+        assert 3600 <= status.as_dict()["oldest_unsettled_seconds"] <= 3605
+        render(status)
+        assert "the oldest usage that is not delivered was read 3,60" in capsys.readouterr().out
+    assert read_status(directory).oldest_unsettled_seconds == 0
+    with StateLock(directory), Checkpoint(directory) as checkpoint:
+        assert read_status(directory).oldest_unsettled_seconds == 0
+        checkpoint.note_oldest_unsettled(5)
+        checkpoint.note_oldest_unsettled(None)
+        assert checkpoint.oldest_unsettled_at() is None
