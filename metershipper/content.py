@@ -98,18 +98,20 @@ class CompressedContent(Content):
         self._beginning = self.pread(HEAD_BYTES, 0)
 
     def _begin(self) -> None:
+        self._broken_off = True
         os.lseek(self.fd, 0, os.SEEK_SET)
         self._pieces = unpack(open(self.fd, "rb", closefd=False), self._compression)  # noqa: SIM115  # not its owner
         self._window = bytearray()
         self._start = 0  # offset of the window
         self._ended = False
         self.damage: str | None = None
+        self._broken_off = False
 
     def pread(self, size: int, offset: int) -> bytes:
         """As for a plain file; an `offset` far behind the last one costs unpacking from the beginning."""
         if offset + size <= len(self._beginning):
             return self._beginning[offset : offset + size]
-        if offset < self._start:
+        if self._broken_off or offset < self._start:
             self._begin()
         while not self._ended and self._unpacked_bytes < offset + size:
             self._window += self._next_piece()
@@ -124,6 +126,9 @@ class CompressedContent(Content):
             piece = next(self._pieces, None)
         except Damaged as damaged:
             self.damage, piece = str(damaged), None
+        except OSError:
+            self._broken_off = True  # what unpacks can't be taken up again in the middle
+            raise
         self._ended = piece is None
         return piece or b""
 

@@ -184,7 +184,7 @@ class FileSet:
     def scan(self) -> None:
         """Look for new, renamed, rotated and released files; open what holds something to read."""
         with self._lock:
-            self._listing.failed = False
+            self._listing.failures.clear()
             logs, compressed = self._listing.logs(self._known.known_inputs)
             self._notice_renames(logs)
             for file in self._lineages:
@@ -193,17 +193,22 @@ class FileSet:
             self._placing.recognise([*logs.values(), *(part for found in parts.values() for part in found)])
             self._placing.open_parts(parts, compressed, logs)
             self._placing.open_logs(logs)
-            self._known.remember_inputs(complete=not self._listing.failed)
-            if not self._listing.failed:
+            self._known.remember_inputs(self._listing.failed_for)
+            if not self._listing.failures:
                 self._known.judge(logs, listed=bool(parts))
                 self._known.forget(self._lineages.ids().values())
 
     def _notice_renames(self, logs: Logs) -> None:
         for file in self._lineages:
             found = logs.get(file.identity)
+            if found is None and self._listing.failed_for(file.path) and file.has_a_name():
+                continue  # where it is now is not known
             if found is None and not file.rotated:
                 file.rotated, file.rotated_at, file.active_at = True, self.clock(), self.clock()
                 gone = "rotated away" if file.has_a_name() else "deleted"
+                if not file.has_a_name():
+                    self._known.reconsider_copies_of(file.file_id)
+                    self._listing.look_again()
                 log.info("%s: %s; its rest is read first, from byte %d", file.path, gone, file.offset)
             elif found is not None and (file.rotated or file.path != found.log):
                 self.registry.update(replace(file.record(), path=found.log, seen_bytes=None))

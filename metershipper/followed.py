@@ -146,9 +146,10 @@ class FollowedFile:
         return self._advance(data, len(data)) if data else None
 
     def _advance(self, data: bytes, length: int, *, overlong: Overlong | None = None, nul_bytes: int = 0) -> Block:
-        start, self.offset = self.offset, self.offset + length
-        self._skimmed = None
-        self.tail = self.content.tail(self.offset) if length > len(data) else data[-TAIL_BYTES:]
+        start, end = self.offset, self.offset + length
+        # First: should it fail, nothing has moved.
+        tail = self.content.tail(end) if length > len(data) else data[-TAIL_BYTES:]
+        self.offset, self.tail, self._skimmed = end, tail, None
         return Block(self.file_id, start, self.offset, data, self.tail, overlong, nul_bytes, self.format)
 
     # What happened to the file

@@ -70,7 +70,8 @@ class KnownFiles:
                 self._superseded.append(record)
             else:
                 self._records[record.identity] = record
-        self.known_logs = {record.path: self._input_of(record.path) for record in self.records()}
+        followed = {record.path for record in self.records() if not record.history}
+        self.known_logs = {path: self._input_of(path) for path in followed}
         self.known_inputs = self.registry.inputs()
         self.starts_over = self.registry.starts_over
         self.losses.load()
@@ -170,16 +171,21 @@ class KnownFiles:
         """Do not open a file again before it changes, or before the file that it is a copy of is gone."""
         self._passed_over[identity] = stamp, copy_of
 
+    def reconsider_copies_of(self, file_id: int) -> None:
+        """A file lost its name: what was passed over as its copy may be what is left of it."""
+        self._passed_over = {key: each for key, each in self._passed_over.items() if each[1] != file_id}
+
     # Recording
 
-    def record(self, new: NewFile) -> StoredFile:
-        """Record a file met for the first time."""
+    def record(self, new: NewFile, stamp: Stamp | None = None) -> StoredFile:
+        """Record a file met for the first time; with its `stamp` where it need not be opened while it has that."""
         old = self._records.get((new.device, new.inode))
         (file_id,) = self.registry.register([replace(new, supersedes=old.file_id if old else None)])
         if old is not None:
             self._supersede_stored(old)
         place = new.path, new.device, new.inode
         record = StoredFile(file_id, *place, new.head, Sample(), new.position, new.history, new.compressed)
+        record = replace(record, stamp=stamp)
         self._records[new.device, new.inode] = record
         return record
 
@@ -202,13 +208,13 @@ class KnownFiles:
 
     def resume(self, found: Found, content: Content, record: StoredFile) -> None:
         """The file is opened again, here."""
+        self.losses.found(record)  # first: should it fail, nothing has changed
         device, inode = found.identity
         now = replace(record, path=found.log, device=device, inode=inode, compressed=content.compressed, history=False)
         if now != record:
             self._moved_to(now, record)
         else:
             self.taken(record)
-        self.losses.found(record)
 
     def taken(self, record: StoredFile) -> None:
         """The file is open from now on."""
@@ -231,11 +237,11 @@ class KnownFiles:
         device, inode = found.identity
         now = replace(record, path=found.log, device=device, inode=inode, compressed=content.compressed)
         now = replace(now, seen_bytes=record.position, stamp=stamp_of(found))
+        self.losses.found(now, complete=True)
         self._moved_to(now, record)
         self._records[found.identity] = now
         if not now.history:
             self.known_logs[found.log] = found.input
-        self.losses.found(now, complete=True)
         self.mark_present(found, record.file_id)
 
     def let_go(self, file: FollowedFile, *, watched_to_end: bool = False) -> None:
@@ -250,13 +256,14 @@ class KnownFiles:
             self.pass_over(file.identity, file.stamp)
         self._damaged[file.file_id] = replace(file.record(), path=file.found_at)
 
-    def remember_inputs(self, *, complete: bool) -> None:
-        """The inputs were looked through; `complete`: nothing stood in the way."""
-        new_inputs = [entry.path for entry in self.inputs if entry.path not in self.known_inputs]
+    def remember_inputs(self, failed_for: Callable[[str], bool]) -> None:
+        """The inputs were looked through, but for those that this `failed_for`."""
+        paths = [entry.path for entry in self.inputs if not failed_for(entry.path)]
+        new_inputs = [path for path in paths if path not in self.known_inputs]
         if new_inputs:
             self.registry.register([], new_inputs)
             self.known_inputs.update(new_inputs)
-        if self.starts_over and complete:
+        if self.starts_over and len(paths) == len(self.inputs):
             self.registry.started_over()
             self.starts_over = False
 

@@ -3,6 +3,7 @@
 Blocks while it looks. Opens nothing and knows no content: a name and an inode only say what is worth opening.
 """
 
+import fnmatch
 import glob
 import logging
 import os
@@ -62,7 +63,7 @@ class Listing:
 
     inputs: Sequence[FileInput]
     clock: Callable[[], float]
-    failed: bool = False  # whether something could not be looked at since this was last reset
+    failures: set[str] = field(default_factory=set)  # what could not be looked at since this was last cleared
     _listed: dict[str, tuple[int, float]] = field(default_factory=dict)  # directory: its mtime, when it was listed
     _beneath: dict[str, list[str]] = field(default_factory=dict)  # directory: those in it
     _complaints: dict[str, str] = field(default_factory=dict)
@@ -75,7 +76,7 @@ class Listing:
         """
         seen: dict[Identity, tuple[str, os.stat_result, FileInput]] = {}
         for entry in self.inputs:
-            paths = sorted(glob.glob(entry.path, recursive=True)) if glob.has_magic(entry.path) else [entry.path]
+            paths = self._named_by(entry.path)
             if not any(map(os.path.lexists, paths)):
                 self.complain(entry.path, "no such file yet; it is followed as soon as it appears", failed=False)
             for path in paths:
@@ -96,6 +97,19 @@ class Listing:
             else:
                 self.complain(path, "compressed, and no log stands beside it, so it is not followed", failed=False)
         return logs, compressed
+
+    def _named_by(self, pattern: str) -> list[str]:
+        if not glob.has_magic(pattern):
+            return [pattern]
+        directory = os.path.dirname(pattern) or "."
+        try:  # a directory that can't be listed is an empty one for `glob`
+            if not glob.has_magic(directory):
+                os.scandir(directory).close()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self.complain(directory, f"can't be listed: {error.strerror}; trying again")
+        return sorted(glob.glob(pattern, recursive=True))
 
     def _regular(self, path: str) -> os.stat_result | None:
         try:
@@ -185,13 +199,19 @@ class Listing:
         self._beneath[directory] = beneath if len(beneath) <= MAX_SUBDIRECTORIES else []
         return [entry for entry in entries if entry.is_file(follow_symlinks=False)]
 
+    def failed_for(self, path: str) -> bool:
+        """Whether a file, the directory it is in, or what an input's pattern names could not be looked at."""
+        directory = os.path.dirname(path) or "."
+        return any(each in (path, directory) or fnmatch.fnmatchcase(each, path) for each in self.failures)
+
     def look_again(self) -> None:
         """List every directory anew at the next look."""
         self._listed.clear()
 
     def complain(self, path: str, problem: str, *, failed: bool = True) -> None:
         """Log a problem of a path once, and again only when it changes. `failed`: what is there is not known."""
-        self.failed |= failed
+        if failed:
+            self.failures.add(path)
         told = self._complaints if failed else self._notices
         if told.get(path) != problem:
             told[path] = problem

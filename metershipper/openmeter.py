@@ -81,6 +81,7 @@ class Endpoint:
 
     async def __aenter__(self) -> "Endpoint":
         self._authorization = await self._read_authorization()
+        self._token_was_refused = False
         _refuse_unusable(self._url)
         self._verify = _tls_context(self._settings)
         try:
@@ -115,6 +116,8 @@ class Endpoint:
 
     async def post(self, body: bytes) -> Answer:
         """Send one encoded batch; the whole exchange has `timeout_seconds`."""
+        if self._token_was_refused:
+            await self._renew_token()
         sent = self._authorization
         try:
             async with asyncio.timeout(self._settings.timeout_seconds):
@@ -125,8 +128,7 @@ class Endpoint:
             if _is_certificate_refused(error):
                 await self._renew_certificates()
             return Answer(Verdict.RETRY, one_line(_without_token(describe(error), sent)))
-        if status in (401, 403):
-            await self._renew_token()
+        self._token_was_refused = status in (401, 403)  # read again before the next try, however late that is
         content_type = _without_token(headers.get("content-type", ""), sent)
         wait_seconds = retry_after_seconds(headers.get("retry-after"), http_date(headers.get("date"), time.time()))
         return classify(status, content_type, _without_token(text, sent), wait_seconds)

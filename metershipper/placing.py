@@ -74,12 +74,14 @@ class Placing:
         found = {part.identity: part for directory in parts.values() for part in directory}
         found |= {part.identity: part for part in compressed if part.directory in parts}
         self.known.listed(parts)
+        followed = self.lineages.ids()
         for part in sorted(found.values(), key=self._known_and_oldest_first):
-            followed = self.lineages.ids()
             if part.identity in followed:
                 self.known.mark_present(part, followed[part.identity])
-            elif part.identity not in logs and not self.known.is_settled(part, followed.values()):
-                self._open(part, logs, self._place_part)
+            elif part.identity in logs or self.known.is_settled(part, followed.values()):
+                continue
+            elif self._open(part, logs, self._place_part):
+                followed = self.lineages.ids()
 
     def open_logs(self, logs: Logs) -> None:
         """Open the logs that are not open yet."""
@@ -95,10 +97,12 @@ class Placing:
 
     # Opening
 
-    def _open(self, found: Found, logs: Logs, place: "Callable[[_Opened, Found, Logs], None]") -> None:
+    def _open(self, found: Found, logs: Logs, place: "Callable[[_Opened, Found, Logs], None]") -> bool:
+        """Whether the file is among the open ones from now on."""
         with self._opened(found) as opened:
             if opened is not None:
                 place(opened, found, logs)
+        return opened is not None and opened.kept
 
     @contextmanager
     def _opened(self, found: Found) -> Iterator[_Opened | None]:
@@ -161,7 +165,7 @@ class Placing:
             # There before its log was ever looked for: whether it was billed before, nobody here knows.
             log.warning("%s: %s", found.path, _HISTORY)
             size = 0 if content.compressed else found.status.st_size
-            self.known.record(replace(_new(found, content, head, size), path=found.path, history=True))
+            self.known.record(replace(_new(found, content, head, size), path=found.path, history=True), stamp_of(found))
         elif not head.length and not was_blank and self._is_begun(found):
             return
         elif (position := self._copied_up_to(content, found, head, logs)) is None:
@@ -187,10 +191,12 @@ class Placing:
             return 0
         twin = next((file for file in self.lineages if file.head == head and _is_copy(content, file)), None)
         if twin is not None:
-            if content.compressed or not content.has_more_than(twin.size_seen) or not _continues(content, twin):
+            end = max(twin.size_seen, twin.content.state()[0])
+            goes_on = not content.compressed and content.has_more_than(end) and _continues(content, twin, end)
+            if not goes_on or not twin.rotated or not twin.is_read:
                 self.known.pass_over(found.identity, stamp_of(found), twin.file_id)
                 return None
-            return twin.size_seen
+            return twin.offset  # the end of its last whole line: what it has of the next one is only a beginning
         known = self.known.copied(content, head, with_history=not found.listed, but=found.identity)
         if known is None:
             return 0
@@ -226,7 +232,7 @@ class Placing:
             position = copied_up_to
         if record is not None and not passed_over and not record.is_blank:
             log.warning("%s: holds other content than when it was last read; reading it from its beginning", found.path)
-        if found.from_end and not self.known.starts_over:
+        if found.from_end and not self.known.starts_over and found.log not in self.known.known_logs:
             position = end_of_lines(content)
         self._follow_new(opened, found, _new(found, content, head, position))
 
@@ -294,9 +300,10 @@ def _is_copy(content: Content, file: FollowedFile) -> bool:
     """Whether a file holds what an open one with the same head holds, as far as that was read, or its beginning."""
     if content.compressed and not file.content.compressed and content.may_be(file.size_seen):
         return True  # compressed from what is open here; it is not unpacked to see that
-    return content.holds(file.record()) or content.state()[0] < file.offset
+    size = content.state()[0]
+    return content.holds(file.record()) or (size < file.offset and _continues(content, file, size))
 
 
-def _continues(content: Content, file: FollowedFile) -> bool:
-    """Whether a file begins with all that an open one holds, and goes on behind it."""
-    return content.tail(file.size_seen) == file.content.tail(file.size_seen)
+def _continues(content: Content, file: FollowedFile, end: int) -> bool:
+    """Whether a file holds what an open one holds just before `end`."""
+    return content.tail(end) == file.content.tail(end)

@@ -113,7 +113,9 @@ def _file_status(file: StoredFile, there: Mapping[Identity, tuple[str, int]]) ->
     if file.compressed:
         unread = None if file.seen_bytes is None else max(0, file.seen_bytes - file.position)
         return FileStatus(path, file.position, size, unread)
-    return FileStatus(path, file.position, size, max(0, size - file.position))
+    if size < file.position:  # other content took its place
+        return FileStatus(file.path, file.position, None, None)
+    return FileStatus(path, file.position, size, size - file.position)
 
 
 def render(status: Status) -> None:

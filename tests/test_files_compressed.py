@@ -1,6 +1,8 @@
 """Rotated and compressed: known by content, read on where it was left. Numbers are those of the cases."""
 
+import errno
 import gzip
+import itertools
 import logging
 import os
 import random
@@ -773,3 +775,38 @@ def test_read_from_end_leaves_out_what_was_compressed_before_the_first_start(tmp
     site.pass_time(LISTING_SECONDS)
     assert sorted(site.read().splitlines()) == sorted((lines(1) + lines(20)).splitlines())
     site.stop()
+
+
+def test_a_read_error_in_a_compressed_file_ends_nothing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fails for a moment: what unpacks is begun anew, and read on where it was left (cases 26, 28)."""
+    append(site.log, lines(0))
+    site.start()
+    site.read()
+    site.stop()
+    rest = varied(1, 30_000)
+    append(site.log, rest)
+    Path(f"{site.log}.1.gz").write_bytes(gzip.compress(site.log.read_bytes()))
+    site.log.unlink()
+    append(site.log, lines(90_000))
+    site.start()
+    steps = itertools.count()
+
+    class Failing:
+        def __init__(self, file: BinaryIO) -> None:
+            self._file = file
+
+        def read(self, size: int) -> bytes:
+            if next(steps) == 40:
+                raise OSError(errno.EIO, "Input/output error")
+            return self._file.read(size)
+
+    def fail_once(fd: int, mode: str, closefd: bool) -> Failing:
+        return Failing(os.fdopen(fd, "rb", closefd=closefd))
+
+    monkeypatch.setattr(content_module, "open", fail_once, raising=False)
+    got = b""
+    for _ in range(3):
+        got += site.read()
+        site.pass_time(LISTING_SECONDS)
+    assert next(steps) > 41
+    assert sorted(got.splitlines()) == sorted((rest + lines(90_000)).splitlines())

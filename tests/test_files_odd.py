@@ -806,3 +806,122 @@ def test_history_that_is_listed_as_an_input_is_read(tmp_path: Path, caplog: pyte
     site.restart()
     assert look_for_a_while(site) == b""
     site.stop()
+
+
+# What a failure at the wrong moment must not change
+
+
+def test_read_from_end_is_for_logs_that_were_never_followed(tmp_path: Path) -> None:
+    """Another pattern for the same log: what it got while nobody looked is read (cases 8, 36)."""
+    site = Site(tmp_path, read_from="end")
+    append(site.log, lines(1, 3))
+    site.start()
+    assert site.read() == b""
+    append(site.log, lines(4))
+    assert site.read() == lines(4)
+    site.stop()
+    append(site.log, lines(5))
+    rotate(site.log)
+    append(site.log, lines(6, 2))
+    site.paths = [str(site.logs / "*.log")]
+    site.start()
+    assert as_set(look_for_a_while(site)) == as_set(lines(5, 3))
+    site.stop()
+
+
+def test_read_from_end_holds_though_the_log_could_not_be_opened_at_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(case 20)"""
+    site = Site(tmp_path, read_from="end")
+    append(site.log, lines(1, 3))
+    site.start()
+    call, left = os.open, [1]
+
+    def fail_once(path: str, *rest: int) -> int:
+        if path == str(site.log) and left and left.pop():
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return call(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fail_once)
+        assert site.read() == b""
+    assert not left
+    assert site.read() == b""
+    append(site.log, lines(4))
+    assert site.read() == lines(4)
+    site.stop()
+
+
+def test_a_gap_that_can_not_be_taken_back_now_is_taken_back_later(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing is read twice for it (cases 9, 33)."""
+    append(site.log, lines(1, 3))
+    site.start()
+    site.read()
+    site.stop()
+    append(site.log, lines(4))
+    away = site.root / "away"
+    site.log.rename(away)
+    append(site.log, lines(20))
+    site.start()
+    look_for_a_while(site)
+    assert len(site.checkpoint.gaps()) == 1
+    away.rename(old(site))
+
+    def busy(_: int) -> None:
+        raise sqlite3.OperationalError("database is locked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(site.checkpoint, "withdraw_gap", busy)
+        with pytest.raises(sqlite3.OperationalError):
+            site.read()
+    assert look_for_a_while(site) == lines(4)
+    assert site.checkpoint.gaps() == []
+
+
+def test_a_glob_whose_directory_can_not_be_listed_rotates_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its logs are there as before: an unfinished line stays unfinished (cases 2, 20)."""
+    site = Site(tmp_path, [str(tmp_path / "logs" / "*.log")])
+    append(site.log, lines(1) + b'{"half')
+    site.start()
+    assert site.read() == lines(1)
+    call = os.scandir
+
+    def fail(path: str = ".") -> object:
+        if path == str(site.logs):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return call(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", fail)
+        site.read()
+        site.pass_time(ROTATED_IDLE_SECONDS + 1)
+        assert site.read() + site.read() == b""
+    append(site.log, b'"}\n')
+    assert site.read() == b'{"half"}\n'
+    site.stop()
+
+
+def test_a_rest_behind_an_overlong_line_is_read_once_whatever_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(cases 21, 26)"""
+    site = Site(tmp_path, max_line_bytes=BLOCK_BYTES)
+    append(site.log, lines(1, 2) + b"y" * (2 * BLOCK_BYTES) + b"\n" + lines(4))
+    site.start()
+    site.files.scan()
+    tail, left = Content.tail, [1]
+
+    def fail_once(content: Content, position: int) -> bytes:
+        if left and left.pop():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return tail(content, position)
+
+    monkeypatch.setattr(Content, "tail", fail_once)
+    blocks = [*site.blocks(), *site.blocks()]
+    assert not left
+    assert [block.data for block in blocks] == [lines(1, 2), b"", lines(4)]
+    assert blocks[1].overlong == overlong(b"y" * 2 * BLOCK_BYTES)
+    site.stop()

@@ -68,7 +68,7 @@ def test_a_compressed_file_without_a_log_is_told_once(tmp_path: Path, caplog: py
     for _ in range(3):
         assert listing.logs(()) == ({}, [])
     assert len(caplog.messages) == 1 and "no log stands beside it" in caplog.messages[0]
-    assert not listing.failed
+    assert not listing.failures
 
 
 def test_parts_belong_to_the_log_with_the_longest_name(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_directory_that_is_gone_holds_nothing(tmp_path: Path) -> None:
     listing = listing_of(log)
     assert listing.logs(())[0] == {}
     assert listing.beside({log: log}, nothing_known) == {str(tmp_path / "late"): []}
-    assert not listing.failed
+    assert not listing.failures
     touch(tmp_path / "late" / "usage.log.1")
     assert names(listing.beside({log: log}, nothing_known)) == {"usage.log.1": "usage.log"}
 
@@ -175,9 +175,9 @@ def test_a_complaint_is_told_once_until_it_is_forgiven(tmp_path: Path, caplog: p
     listing = listing_of(tmp_path / "usage.log")
     for _ in range(3):
         listing.complain("usage.log", "is odd", failed=False)
-    assert not listing.failed
+    assert not listing.failures
     listing.complain("usage.log", "is worse")
-    assert listing.failed
+    assert listing.failures
     listing.forgive("usage.log")
     listing.complain("usage.log", "is worse")
     assert caplog.messages == ["usage.log: is odd", "usage.log: is worse", "usage.log: is worse"]
