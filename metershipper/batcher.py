@@ -37,13 +37,6 @@ class Span:
             *(file_id, end_offset, tail, mapped.books, mapped.dead_letters, len(mapped.events), start_offset, read_at)
         )
 
-    def absorb(self, following: "Span") -> None:
-        """Become one with the span that follows in the same file; both are settled."""
-        self.end_offset, self.tail = following.end_offset, following.tail
-        self.books.update(following.books)
-        self.dead_letters += following.dead_letters
-        self.refused += following.refused
-
 
 @dataclass(slots=True, frozen=True)
 class Batch:

@@ -59,7 +59,10 @@ class Content:
         return self.pread(length, position - length)
 
     def holds(self, record: StoredFile) -> bool:
-        """Whether this is what was read before: its head, and the bytes just before the position."""
+        """Whether this is what was read before: its head, and the bytes just before the position.
+
+        Something compressed is unpacked up to the position for it, if its head is the one.
+        """
         if self.state()[0] < record.position or Sample.of(self.pread(record.head.length, 0)) != record.head:
             return False
         return Sample.of(self.pread(record.tail.length, record.position - record.tail.length)) == record.tail
@@ -139,12 +142,6 @@ class CompressedContent(Content):
     def state(self) -> tuple[int, int]:
         """The length is known once the end was reached; nothing ever changes."""
         return self._unpacked_bytes if self._ended else NOT_KNOWN_BYTES, 0
-
-    def holds(self, record: StoredFile) -> bool:
-        """As for a plain file; unpacks it up to the position."""
-        if Sample.of(self._beginning[: record.head.length]) != record.head:
-            return False
-        return Sample.of(self.pread(record.tail.length, record.position - record.tail.length)) == record.tail
 
     def may_be(self, size: int) -> bool:
         """By what the compressed file says of itself; it is not unpacked."""

@@ -205,8 +205,9 @@ class FileSet:
                 continue  # where it is now is not known
             if found is None and not file.rotated:
                 file.rotated, file.rotated_at, file.active_at = True, self.clock(), self.clock()
-                gone = "rotated away" if file.has_a_name() else "deleted"
+                gone = "rotated away"
                 if not file.has_a_name():
+                    gone = "deleted"
                     self._known.reconsider_copies_of(file.file_id)
                     self._listing.look_again()
                 log.info("%s: %s; its rest is read first, from byte %d", file.path, gone, file.offset)

@@ -17,7 +17,7 @@ from metershipper.records import Identity, Sample, Stamp, StoredFile
 # NULs within a line, and this many of them: what stands before is torn and will never be completed.
 _NUL_RUN = bytes(4096)
 _ZEROS = bytes(BLOCK_BYTES)
-# Above this there is no sense in asking for more at once.
+# A line that does not fit into what was read is read again with so many times as much.
 _GROWTH = 4
 
 

@@ -33,13 +33,6 @@ class Settled:
     dead_letters: list[DeadLetter] = field(default_factory=list)
     refused: list[RefusedEvent] = field(default_factory=list)
 
-    def extend(self, further: "Span | Settled") -> None:
-        """Add the ground that follows in the same file: its end is the new one, its counts come on top."""
-        self.end_offset, self.tail = further.end_offset, further.tail
-        self.books.update(further.books)
-        self.dead_letters += further.dead_letters
-        self.refused += further.refused
-
 
 @dataclass(slots=True)
 class Ledger:
@@ -107,6 +100,14 @@ def refused_books(event: dict[str, Any]) -> Books:
     return books
 
 
+def _extend(ground: Span | Settled, further: Span | Settled) -> None:
+    """Add the settled ground that follows in the same file: its end is the new one, its counts come on top."""
+    ground.end_offset, ground.tail = further.end_offset, further.tail
+    ground.books.update(further.books)
+    ground.dead_letters += further.dead_letters
+    ground.refused += further.refused
+
+
 def _compact(spans: deque[Span]) -> None:
     """Make one of settled spans that follow each other: they are committed together."""
     if len(spans) <= COMPACT_ABOVE_SPANS:
@@ -114,7 +115,7 @@ def _compact(spans: deque[Span]) -> None:
     kept: list[Span] = []
     for span in spans:
         if kept and kept[-1].unsettled == 0 and span.unsettled == 0:
-            kept[-1].absorb(span)
+            _extend(kept[-1], span)
         else:
             kept.append(span)
     spans.clear()
@@ -125,7 +126,7 @@ def _settled_ground(file_id: int, spans: deque[Span]) -> Settled | None:
     ground: Settled | None = None
     while spans and spans[0].unsettled == 0:
         ground = ground or Settled(file_id, 0, b"")
-        ground.extend(spans.popleft())
+        _extend(ground, spans.popleft())
     return ground
 
 
@@ -133,5 +134,5 @@ def merge(earlier: Iterable[Settled], later: Iterable[Settled]) -> list[Settled]
     """Two lots of settled ground as one, for a commit that could not be written yet."""
     merged: dict[int, Settled] = {}
     for ground in (*earlier, *later):
-        merged.setdefault(ground.file_id, Settled(ground.file_id, 0, b"")).extend(ground)
+        _extend(merged.setdefault(ground.file_id, Settled(ground.file_id, 0, b"")), ground)
     return list(merged.values())

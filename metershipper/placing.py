@@ -57,10 +57,11 @@ class Placing:
     def recognise(self, found: Iterable[Found]) -> None:
         """Know a log again whose path changed, by any part of it: what was rotated beside it is no history."""
         followed = self.lineages.ids()
+        strange = [each for each in found if not self.known.is_known(each) and each.identity not in followed]
+        if not strange:
+            return  # as ever but for a start: nothing is worth going through all records for
         heads = {record.head for record in self.known.records() if record.head.length and not record.history}
-        for each in found:
-            if self.known.is_known(each) or each.identity in followed or not heads:
-                continue
+        for each in strange if heads else ():
             with self._opened(each) as opened:
                 if opened is not None and opened.content.head() in heads:
                     self.known.known_logs[each.log] = each.input
