@@ -60,19 +60,44 @@ def unpack(file: BinaryIO, compression: Compression) -> Iterator[bytes]:
 
     Raises: Damaged once all that unpacks was yielded, saying why no more does; OSError as reading does.
     """
-    step = _STEP_BYTES[compression]
-    data = b""
-    while data := data or file.read(step):
-        member = _new_member(compression)
-        while not member.eof:
-            if not (data := data or file.read(step)):
-                raise Damaged("it ends in the middle")
-            yield from _unpacked(member, data)
-            data = member.unused_data if member.eof else b""
-        if compression == "gzip":
-            # Tapes and some writers fill the end with NULs; gzip ignores them, too.
-            while (data := data.lstrip(b"\0") or file.read(step)) and not data.strip(b"\0"):
-                data = b""
+    unpacker = Unpacker(compression)
+    while data := file.read(_STEP_BYTES[compression]):
+        yield from unpacker.feed(data)
+    unpacker.end()
+
+
+class Unpacker:
+    """Unpacks what comes bit by bit: all members or frames of it, one after the other."""
+
+    def __init__(self, compression: Compression) -> None:
+        self._compression = compression
+        self._member: _Member | None = None
+        self._members = 0
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """What `data` unpacks to, in pieces of at most 16 MiB. Raises Damaged, and must not be fed again then."""
+        step = _STEP_BYTES[self._compression]
+        for begin in range(0, len(data), step):
+            yield from self._feed_step(data[begin : begin + step])
+
+    def _feed_step(self, data: bytes) -> Iterator[bytes]:
+        while data:
+            if self._member is None:
+                if self._members and self._compression == "gzip":
+                    # Tapes and some writers fill the end with NULs; gzip ignores them, too.
+                    data = data.lstrip(b"\0")
+                    if not data:
+                        return
+                self._member, self._members = _new_member(self._compression), self._members + 1
+            yield from _unpacked(self._member, data)
+            data = self._member.unused_data if self._member.eof else b""
+            if self._member.eof:
+                self._member = None
+
+    def end(self) -> None:
+        """There is no more. Raises Damaged where there should be."""
+        if self._member is not None:
+            raise Damaged("it ends in the middle")
 
 
 def _unpacked(member: _Member, data: bytes) -> Iterator[bytes]:

@@ -67,6 +67,24 @@ class Dead(StrEnum):
     REFUSED = "refused"  # an event that the server does not take, counted as `Count.REFUSED`
 
 
+class Received(StrEnum):
+    """What the http-log receiver was asked, as far as it is not entries: those are counted as they are read.
+
+    Nothing of this is part of the balance: a repeat was counted when it came first, a refused batch comes again.
+    """
+
+    REQUESTS = "received.requests"  # answered with 200
+    REPEATS = "received.repeats"  # entries that were received before, within the window
+    UNAUTHORIZED = "received.refused.unauthorized"  # 401
+    WRONG_ADDRESS = "received.refused.wrong_address"  # 404 or 405: no request of http-log's
+    TOO_LARGE = "received.refused.too_large"  # 413
+    NO_ROOM = "received.refused.no_room"  # 503: the spool or its disk is full, or the disk fails
+    MALFORMED = "received.cut_off.malformed"  # 400: not HTTP
+    TOO_SLOW = "received.cut_off.too_slow"  # header or body did not come in time, or the header is endless
+    BROKEN_OFF = "received.cut_off.broken_off"  # the sender went away before the body was complete
+    CROWDED_OUT = "received.cut_off.crowded_out"  # more connections than are allowed
+
+
 class Books(Counter[str]):
     """Counts by name; adding two books is `update`."""
 

@@ -1,13 +1,12 @@
 """`check`: the configuration in plain words, and the proof that endpoint and token work. Changes nothing anywhere."""
 
 import glob
-import ipaddress
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from metershipper.config import Config, FileInput, OpenMeter, endpoint_of, require_for_run
+from metershipper.config import Config, FileInput, OpenMeter, endpoint_of, is_loopback, require_for_run
 from metershipper.metering import MeteringSettings, Rule, Subject
 from metershipper.openmeter import Endpoint, Token
 from metershipper.retry import Verdict
@@ -139,12 +138,7 @@ def _destination(settings: OpenMeter, url: str, has_token: bool) -> str:
 
 def _is_plain_and_remote(url: str) -> bool:
     parts = urlsplit(url)
-    host = parts.hostname or ""
-    try:
-        local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = host == "localhost"
-    return parts.scheme == "http" and not local
+    return parts.scheme == "http" and not is_loopback(parts.hostname or "")
 
 
 async def prove_connection(config: Config, where: str) -> Proof:

@@ -27,8 +27,10 @@ DATABASE_NAME = "checkpoint.sqlite"
 FORGET_AFTER_SECONDS = 45 * 86400.0
 # Gaps are evidence about invoices: they are kept for longer.
 FORGET_GAPS_AFTER_SECONDS = 400 * 86400.0
-# Where the books of forgotten files are kept.
-_FORGOTTEN_FILE_ID = 0
+# Where the books of forgotten files are kept, and what belongs to none.
+_NO_FILE_ID = 0
+# What the spool is called among the files: one log without end, whatever segments there are of it.
+SPOOL_PATH = "(http-log)"
 
 
 class Checkpoint:
@@ -187,10 +189,7 @@ class Checkpoint:
                     "UPDATE files SET position = ?, tail_bytes = ?, tail_hash = ?, seen_at = ? WHERE file_id = ?",
                     (ground.end_offset, tail.length, tail.digest, now, ground.file_id),
                 )
-                self._db.executemany(
-                    "INSERT INTO books VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count",
-                    [(ground.file_id, str(name), count) for name, count in ground.books.items() if count],
-                )
+                self._add(ground.file_id, ground.books)
                 self.dead_letters.keep(ground.file_id, [*ground.dead_letters, *ground.refused], now)
 
     @contextmanager
@@ -243,12 +242,36 @@ class Checkpoint:
                 ),
             )
 
+    def spool(self) -> tuple[int, int | None]:
+        """The spool as one file: its id, and its position; None before anything was read of it."""
+        with self.transaction():
+            row = self._db.execute("SELECT file_id, position FROM files WHERE path = ?", (SPOOL_PATH,)).fetchone()
+            if row is None:
+                row = self._db.execute(
+                    "INSERT INTO files (path, position, history, seen_at) VALUES (?, -1, 0, ?)"
+                    " RETURNING file_id, position",
+                    (SPOOL_PATH, time.time()),
+                ).fetchone()
+        return int(row[0]), None if row[1] < 0 else int(row[1])
+
+    def count(self, books: Books) -> None:
+        """Add counts that belong to no file. Raises sqlite3.OperationalError; then nothing was added."""
+        with self.transaction():
+            self._add(_NO_FILE_ID, books)
+
+    def _add(self, file_id: int, books: Books) -> None:
+        self._db.executemany(
+            "INSERT INTO books VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count",
+            [(file_id, str(name), count) for name, count in books.items() if count],
+        )
+
     def files(self) -> list[StoredFile]:
-        """Every file that is remembered, in the order in which they were met."""
+        """Every log file that is remembered, in the order in which they were met."""
         with self._lock:
             rows = self._db.execute(
                 "SELECT file_id, path, device, inode, head_bytes, head_hash, tail_bytes, tail_hash, position, history,"
-                " compressed, seen_bytes, stamp_bytes, stamp_mtime_ns FROM files ORDER BY file_id"
+                " compressed, seen_bytes, stamp_bytes, stamp_mtime_ns FROM files WHERE path <> ? ORDER BY file_id",
+                (SPOOL_PATH,),
             ).fetchall()
         return [
             StoredFile(
@@ -266,13 +289,15 @@ class Checkpoint:
         """
         with self.transaction():
             self._db.executemany("UPDATE files SET seen_at = ? WHERE file_id = ?", [(now, each) for each in present])
-            old = self._db.execute("SELECT file_id FROM files WHERE seen_at < ?", (now - FORGET_AFTER_SECONDS,))
+            old = self._db.execute(
+                "SELECT file_id FROM files WHERE seen_at < ? AND path <> ?", (now - FORGET_AFTER_SECONDS, SPOOL_PATH)
+            )
             gone = [file_id for (file_id,) in old if file_id not in present]
             for file_id in gone:
                 self._db.execute(
                     "INSERT INTO books SELECT ?, name, count FROM books WHERE file_id = ?"
                     " ON CONFLICT DO UPDATE SET count = count + excluded.count",
-                    (_FORGOTTEN_FILE_ID, file_id),
+                    (_NO_FILE_ID, file_id),
                 )
                 self._db.execute("DELETE FROM books WHERE file_id = ?", (file_id,))
                 self._db.execute("DELETE FROM files WHERE file_id = ?", (file_id,))

@@ -94,8 +94,18 @@ def run(config_path: Path | None, grace_seconds: float, start_over: bool) -> Non
     os.umask(0o077)  # whatever the state directory holds is for this user alone
     if warning := Token(config.openmeter).warning:
         logging.getLogger("metershipper").warning(warning)
-    forced = asyncio.run(_run_until_signalled(Sidecar(config, where, grace_seconds, start_over=start_over)))
+    with asyncio.Runner(loop_factory=_new_event_loop()) as runner:
+        forced = runner.run(_run_until_signalled(Sidecar(config, where, grace_seconds, start_over=start_over)))
     sys.exit(1 if forced else 0)
+
+
+def _new_event_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's, where there is one: the receiver takes twice as many requests with it."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
 
 
 async def _run_until_signalled(sidecar: Any) -> bool:

@@ -4,6 +4,7 @@ The single list of options. Never reads what a token file holds (see `openmeter.
 """
 
 import difflib
+import ipaddress
 import os
 import re
 import tomllib
@@ -24,6 +25,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from metershipper.credentials import is_token
 from metershipper.errors import ConfigError
 from metershipper.formats import Format
 from metershipper.lines import MAX_LINE_BYTES
@@ -33,7 +35,6 @@ ENV_PREFIX = "METERSHIPPER_"
 ENV_DELIMITER = "__"
 # Sections of the contract that this version does not serve yet: refused, so that nobody waits for what never comes.
 NOT_YET = {
-    "inputs.http_log": "receiving Kong's http-log is not part of this version: follow a file-log instead",
     "admin": "metrics and health are not part of this version: use `metershipper status --json`",
 }
 
@@ -121,10 +122,66 @@ class FileInput(Section):
         return path
 
 
+class HttpLog(Section):
+    """Where Kong's http-log posts to, and what it may take. `repeat_window_seconds`: see `repeats`."""
+
+    listen: str = "127.0.0.1:8090"
+    path: str = "/"
+    token_file: CheckedPath | None = None
+    cert_file: CheckedPath | None = None
+    key_file: CheckedPath | None = None
+    client_ca_file: CheckedPath | None = None
+    max_body_bytes: int = Field(64 * 1024 * 1024, ge=1024, le=1024 * 1024 * 1024)
+    spool_max_bytes: int = Field(1024 * 1024 * 1024, ge=1024)
+    repeat_window_seconds: float = Field(900.0, ge=0, le=86400, allow_inf_nan=False)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port; port 0 is any that is free."""
+        host, _, port = self.listen.rpartition(":")
+        return host.strip("[]"), int(port)
+
+    @field_validator("listen")
+    @classmethod
+    def _checked_listen(cls, listen: str) -> str:
+        host, _, port = listen.rpartition(":")
+        if (
+            not host
+            or not re.fullmatch("[0-9]{1,5}", port)
+            or int(port) > 65535
+            or (":" in host.strip("[]")) != (host.startswith("[") and host.endswith("]"))
+        ):
+            raise ValueError("not HOST:PORT, for instance 127.0.0.1:8090, 0.0.0.0:8090 or [::1]:8090")
+        return listen
+
+    @field_validator("path")
+    @classmethod
+    def _checked_url_path(cls, path: str) -> str:
+        if not re.fullmatch(r"/[A-Za-z0-9._~/-]*", path):
+            raise ValueError('not a path of a URL, such as "/" or "/kong"')
+        return path
+
+    @model_validator(mode="after")
+    def _safe(self) -> "HttpLog":
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file belong together; set both or none")
+        if self.client_ca_file is not None and self.cert_file is None:
+            raise ValueError("client_ca_file asks clients for certificates, which needs cert_file and key_file")
+        if self.token_file is None and self.client_ca_file is None and not is_loopback(self.address[0]):
+            raise ValueError(
+                f"listen {self.listen} is reachable by others, who could send usage that never was: set token_file, or "
+                "client_ca_file with cert_file and key_file; or listen on 127.0.0.1"
+            )
+        if self.spool_max_bytes < self.max_body_bytes:
+            raise ValueError("spool_max_bytes is below max_body_bytes: a large body would never be accepted")
+        return self
+
+
 class Inputs(Section):
     """Where entries come from."""
 
     files: tuple[FileInput, ...] = ()
+    http_log: HttpLog | None = None
     max_line_bytes: int = Field(MAX_LINE_BYTES, ge=4096, le=64 * 1024 * 1024)
 
     @field_validator("files")
@@ -189,8 +246,10 @@ def load_config(path: Path | None) -> Config:
 
 def require_for_run(config: Config, where: str) -> None:
     """Raise `ConfigError` unless there is something to read and somewhere to send it."""
-    if not config.inputs.files:
-        raise ConfigError(f'{where}: no input; add [[inputs.files]] with path = "/var/log/kong/usage.log"')
+    if not config.inputs.files and config.inputs.http_log is None:
+        raise ConfigError(
+            f'{where}: no input; add [[inputs.files]] with path = "/var/log/kong/usage.log", or [inputs.http_log]'
+        )
     endpoint_of(config, where)
 
 
@@ -204,9 +263,12 @@ def endpoint_of(config: Config, where: str) -> str:
     return config.openmeter.ingest_endpoint
 
 
-def is_token(text: str) -> bool:
-    """Whether `text` can stand in an Authorization header: one word of printable ASCII."""
-    return bool(re.fullmatch(r"[\x21-\x7e]+", text))
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`: its name, or an address of the loopback."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

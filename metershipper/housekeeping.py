@@ -10,6 +10,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 
+from metershipper.books import Books
 from metershipper.checkpoint import Checkpoint
 from metershipper.dead_letters import MAX_AGE_SECONDS, MAX_CONTENT_BYTES, WARN_SHARE, Fill
 from metershipper.redelivery import Redelivery
@@ -26,12 +27,19 @@ REPEAT_WARNING_SECONDS = 300.0
 
 
 class Housekeeping:
-    """One task of a run. Args: `oldest_seconds`, how long the oldest unsettled lines wait, 0 when none do."""
+    """One task of a run.
 
-    def __init__(self, checkpoint: Checkpoint, redelivery: Redelivery, oldest_seconds: Callable[[], float]) -> None:
+    Args: `oldest_seconds`, how long the oldest unsettled lines wait, 0 when none do; `received`, what the receiver
+    counts, which is moved to the checkpoint.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, redelivery: Redelivery, oldest_seconds: Callable[[], float], received: Books
+    ) -> None:
         self._checkpoint = checkpoint
         self._redelivery = redelivery
         self._oldest_seconds = oldest_seconds
+        self._received = received
         self._warn_again_at = self._look_at_bounds_at = 0.0
         self._told_fault = False
         self._noted_read_at: int | None = None
@@ -43,6 +51,7 @@ class Housekeeping:
                 await self._redelivery.step()
                 await self._look_at_bounds()
                 await self._note_age()
+                await self.note_received()
                 self._told_fault = False
             except sqlite3.OperationalError as error:
                 if not self._told_fault:
@@ -50,6 +59,12 @@ class Housekeeping:
                     self._told_fault = True
             self._warn_of_age()
             await asyncio.sleep(LOOK_SECONDS)
+
+    async def note_received(self) -> None:
+        """Record what was counted since the last time. Raises sqlite3.OperationalError; then it is the next time."""
+        if counted := Books(+self._received):
+            await asyncio.to_thread(self._checkpoint.count, counted)
+            self._received.subtract(counted)
 
     async def _note_age(self) -> None:
         """Let `status` tell how long usage waits, once it waits for longer than delivery takes."""

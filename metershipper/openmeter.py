@@ -9,19 +9,17 @@ import errno
 import os
 import socket
 import ssl
-import stat
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import aiofiles
 import httpx
 
 from metershipper import __version__
-from metershipper.config import OpenMeter, is_token
+from metershipper.config import OpenMeter
+from metershipper.credentials import TokenFile
 from metershipper.errors import ConfigError
 from metershipper.retry import Answer, Verdict, classify, http_date, one_line, retry_after_seconds
 
@@ -36,36 +34,18 @@ class Token:
 
     def __init__(self, settings: OpenMeter) -> None:
         self._secret = settings.api_token
-        self._file = settings.api_token_file
+        self._file = TokenFile(settings.api_token_file) if settings.api_token_file else None
 
     async def read(self) -> str | None:
         """The token now; None when none is configured. Raises ConfigError naming the file, never what it holds."""
         if self._file is None:
             return self._secret.get_secret_value() if self._secret else None
-        try:
-            async with aiofiles.open(self._file, encoding="ascii") as file:
-                text = (await file.read()).strip()
-        except OSError as error:
-            raise ConfigError(f"{self._file}: the token can't be read: {error.strerror}") from None
-        except UnicodeDecodeError:
-            text = ""
-        if not is_token(text):
-            raise ConfigError(f"{self._file}: holds no token; it must be one line of printable ASCII without spaces")
-        return text
+        return await self._file.read()
 
     @property
     def warning(self) -> str | None:
         """What is unsafe about the token file, if anything."""
-        if self._file is None or not _readable_by_others(self._file):
-            return None
-        return f"{self._file}: readable by every user of this machine; chmod 600 it"
-
-
-def _readable_by_others(path: Path) -> bool:
-    try:
-        return bool(path.stat().st_mode & stat.S_IROTH)
-    except OSError:  # whoever reads it says so
-        return False
+        return self._file.warning if self._file else None
 
 
 class Endpoint:

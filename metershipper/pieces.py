@@ -94,15 +94,21 @@ def _values(text: str) -> Iterator[Any]:
                 position = at
                 continue
             # A number or a string with more after it is no value of its own: something torn, or text, begins so.
-        begin, budget = _next_object(text, position + 1, budget)
+        begin, budget = next_entry(text, position + 1, budget)
         yield _fault(f"not valid JSON at character {at}", text[position:begin])
         if begin is None:
             return
         position = begin
 
 
-def _next_object(text: str, start: int, budget: int) -> tuple[int | None, int]:
-    """Where the next complete entry begins, and what is left of the budget of characters to go through."""
+def next_entry(
+    text: str, start: int, budget: int, followed_by: tuple[str, ...] = ("", "{", "[")
+) -> tuple[int | None, int]:
+    """Where the next complete entry begins, and what is left of the budget of characters to go through.
+
+    Only what is `followed_by` one of these counts ("": by nothing): what stands inside a torn entry is none, whatever
+    a client made it look like, and something of that entry follows.
+    """
     while budget > 0 and (start := text.find('{"', start)) >= 0:
         budget -= len(text) - start
         try:
@@ -110,9 +116,8 @@ def _next_object(text: str, start: int, budget: int) -> tuple[int | None, int]:
         except (ValueError, RecursionError):
             start += 1
             continue
-        # What stands inside a torn entry is none, whatever a client made it look like: something of that entry follows.
-        is_last = text[_skip_space(text, end) :][:1] in ("", "{", "[")
-        if is_last and (_is_entry(value) or _is_entry(value.get("message"))):
+        after = _skip_space(text, end)
+        if text[after : after + 1] in followed_by and (_is_entry(value) or _is_entry(value.get("message"))):
             return start, budget
         start += 1
     return None, budget

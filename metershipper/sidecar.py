@@ -15,9 +15,9 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 
 from metershipper.batcher import Batch, Batcher, Span
-from metershipper.books import Dead
+from metershipper.books import Books, Dead
 from metershipper.checkpoint import Checkpoint
-from metershipper.config import Config, endpoint_of
+from metershipper.config import Config, HttpLog, endpoint_of
 from metershipper.errors import StateError
 from metershipper.events import Mapped
 from metershipper.files import FileSet
@@ -26,9 +26,11 @@ from metershipper.housekeeping import Housekeeping
 from metershipper.ledger import Ledger, Settled, merge
 from metershipper.mapper import Mapper, nuls, overlong_line
 from metershipper.openmeter import Endpoint
+from metershipper.receiver import Receiver
 from metershipper.redelivery import Redelivery
 from metershipper.retry import Answer
 from metershipper.shipper import REPEAT_LOG_SECONDS, Shipper
+from metershipper.spool import SPOOL_DIRECTORY, GroupCommit, Spool
 from metershipper.state import StateLock
 from metershipper.tailer import Tailer
 
@@ -97,13 +99,15 @@ class Sidecar:
             inputs = self._config.inputs
             files = FileSet(inputs.files, checkpoint, time.monotonic, inputs.max_line_bytes)
             stack.callback(files.close)
-            tailer = Tailer(files)
+            self._spool = self._open_spool(stack, checkpoint)
+            tailer = Tailer(files, self._spool)
+            received = await self._start_receiving(stack, tailer)
             settings = self._config.openmeter
             shipper = Shipper(
                 endpoint, settings.retry, self._batches, self._accepted, self._refused, settings.max_in_flight
             )
             redelivery = Redelivery(checkpoint, Mapper(self._config.metering), settings.batch, self._batches.put)
-            housekeeping = Housekeeping(checkpoint, redelivery, self.oldest_unsettled_seconds)
+            housekeeping = Housekeeping(checkpoint, redelivery, self.oldest_unsettled_seconds, received)
             log.info("started: events go to %s", self._url)
             try:
                 await tailer.start()
@@ -120,6 +124,7 @@ class Sidecar:
                 raise StateError(f"{self._config.state.directory}: {errors.exceptions[0]}; nothing is lost") from None
             with suppress(sqlite3.OperationalError):  # recorded at the next start: it sends them with the same ids
                 await redelivery.record()
+                await housekeeping.note_received()
             return self._tell_stop()
 
     def oldest_unsettled_seconds(self) -> float:
@@ -149,6 +154,38 @@ class Sidecar:
             log.warning("starting over: every log and its rotated files are read from the beginning")
         return checkpoint
 
+    def _open_spool(self, stack: AsyncExitStack, checkpoint: Checkpoint) -> Spool | None:
+        """The spool, also where nothing is received any more but something waits in it."""
+        directory, inputs = self._config.state.directory, self._config.inputs
+        try:
+            if inputs.http_log is None and not Spool.holds_something(directory):
+                return None
+            settings = inputs.http_log or HttpLog()
+            spool = Spool(
+                directory,
+                checkpoint,
+                max_bytes=settings.spool_max_bytes,
+                repeat_window_seconds=settings.repeat_window_seconds,
+                max_line_bytes=inputs.max_line_bytes,
+            )
+            spool.open()
+        except (OSError, sqlite3.OperationalError) as error:
+            raise StateError(f"{directory / SPOOL_DIRECTORY}: can't be used: {error}") from None
+        stack.callback(spool.close)
+        return spool
+
+    async def _start_receiving(self, stack: AsyncExitStack, tailer: Tailer) -> Books:
+        """Receive what Kong posts, until `_receiving` is closed. Returns what is counted of it."""
+        self._receiving = await stack.enter_async_context(AsyncExitStack())
+        self._storing: GroupCommit | None = None
+        settings = self._config.inputs.http_log
+        if settings is None or self._spool is None:
+            return Books()
+        self._storing = GroupCommit(self._spool, tailer.wake)
+        receiver = Receiver(settings, self._storing.store)
+        await self._receiving.enter_async_context(receiver.serving())
+        return receiver.counts
+
     async def _read_and_ship(self, tailer: Tailer, shipper: Shipper, housekeeping: Housekeeping) -> None:
         async with asyncio.TaskGroup() as tasks:
             reader = tasks.create_task(self._read(tailer))
@@ -156,6 +193,8 @@ class Sidecar:
             workers.append(tasks.create_task(shipper.work_aside()))
             keeper = tasks.create_task(housekeeping.run())
             watchers = [tasks.create_task(tailer.watch()), tasks.create_task(tailer.look_around())]
+            if self._storing is not None:
+                watchers.append(tasks.create_task(self._storing.run()))
             await self._stop.wait()
             self._in_flight_at_stop = self._ledger.unsettled_events
             keeper.cancel()
@@ -167,6 +206,7 @@ class Sidecar:
                 task.cancel()
 
     async def _drain(self, reader: "asyncio.Task[None]") -> None:
+        await self._receiving.aclose()
         await asyncio.wait({reader})
         await self._batches.join()
 
@@ -233,13 +273,19 @@ class Sidecar:
         if not self._uncommitted:
             return True
         try:
-            await asyncio.to_thread(checkpoint.commit, self._uncommitted)
+            await asyncio.to_thread(self._write, checkpoint, self._uncommitted)
         except sqlite3.OperationalError as error:
             log.error("positions can't be written (%s); nothing is lost, trying again", error)
             self._settled.set()
             return False
         self._uncommitted = []
         return True
+
+    def _write(self, checkpoint: Checkpoint, settled: list[Settled]) -> None:
+        checkpoint.commit(settled)
+        for ground in settled:
+            if self._spool is not None and ground.file_id == self._spool.file_id:
+                self._spool.settled(ground.end_offset)
 
 
 def _how(stopped: Stopped) -> str:

@@ -1,4 +1,4 @@
-"""Follows the configured files and yields blocks of whole lines: the async face of `files`.
+"""Follows the configured files and the spool and yields blocks of whole lines: the async face of `files` and `spool`.
 
 Owns the waiting: for changes that the kernel reports (watchfiles), and a poll for file systems that report none. All
 blocking file work goes to a thread here. Never maps a line and never moves a position.
@@ -7,6 +7,8 @@ blocking file work goes to a thread here. Never maps a line and never moves a po
 import asyncio
 import logging
 import sqlite3
+from collections import deque
+from typing import Protocol
 
 from watchfiles import awatch
 
@@ -24,11 +26,20 @@ WATCH_STEP_MS = 50
 WATCH_DEBOUNCE_MS = 100
 
 
-class Tailer:
-    """Blocks of lines from a `FileSet`, as they appear. One reader at a time, beside `look_around` and `watch`."""
+class Source(Protocol):
+    """What is read in turn."""
 
-    def __init__(self, files: FileSet, poll_seconds: float = POLL_SECONDS) -> None:
+    def next_block(self) -> Block | None: ...
+
+
+class Tailer:
+    """Blocks of lines from a `FileSet`, and a spool, as they appear. One reader at a time, beside `look_around` and
+    `watch`.
+    """
+
+    def __init__(self, files: FileSet, spool: Source | None = None, *, poll_seconds: float = POLL_SECONDS) -> None:
         self._files = files
+        self._sources: deque[Source] = deque((files,) if spool is None else (files, spool))
         self._poll_seconds = poll_seconds
         self._wait_seconds: float | None = None
         self._wake = asyncio.Event()
@@ -44,6 +55,10 @@ class Tailer:
     def stop(self) -> None:
         """Read nothing more: a waiting `next_block` returns."""
         self._stopped = True
+        self._wake.set()
+
+    def wake(self) -> None:
+        """There is something new to read."""
         self._wake.set()
 
     async def next_block(self, wait_seconds: float | None) -> Block | None:
@@ -64,11 +79,22 @@ class Tailer:
 
     async def _read(self) -> Block | None:
         try:
-            return await asyncio.to_thread(self._files.next_block)
+            return await asyncio.to_thread(self._next_in_turn)
+        except OSError as error:
+            log.error("the spool can't be read (%s); nothing is lost, trying again", error.strerror)
+            await asyncio.sleep(self._poll_seconds)
+            return None
         except sqlite3.OperationalError as error:
             self._complain(error)
             await asyncio.sleep(self._poll_seconds)
             return None
+
+    def _next_in_turn(self) -> Block | None:
+        for _ in range(len(self._sources)):
+            self._sources.rotate(-1)
+            if (block := self._sources[0].next_block()) is not None:
+                return block
+        return None
 
     async def look_around(self) -> None:
         """Look for new and rotated files, also while nothing is read: what is open can't be deleted unread.

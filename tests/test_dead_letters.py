@@ -273,7 +273,9 @@ def test_usage_that_waits_is_warned_of_within_the_hour(
     async def put(_: Batch) -> None:
         raise AssertionError
 
-    keeper = Housekeeping(checkpoint, Redelivery(checkpoint, WITHOUT_TOKENS, BatchSettings(), put), lambda: next(ages))
+    keeper = Housekeeping(
+        checkpoint, Redelivery(checkpoint, WITHOUT_TOKENS, BatchSettings(), put), lambda: next(ages), Books()
+    )
     for _ in range(3):
         keeper._warn_of_age()
     (told,) = caplog.records
@@ -288,7 +290,9 @@ def test_how_long_usage_waits_is_noted_when_it_changes(checkpoint: Checkpoint) -
     async def put(_: Batch) -> None:
         raise AssertionError
 
-    keeper = Housekeeping(checkpoint, Redelivery(checkpoint, WITHOUT_TOKENS, BatchSettings(), put), lambda: next(ages))
+    keeper = Housekeeping(
+        checkpoint, Redelivery(checkpoint, WITHOUT_TOKENS, BatchSettings(), put), lambda: next(ages), Books()
+    )
 
     async def run() -> list[int | None]:
         noted = []
