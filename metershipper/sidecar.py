@@ -39,6 +39,9 @@ log = logging.getLogger("metershipper")
 # Commits are gathered for this long, so that fsync does not limit throughput.
 COMMIT_INTERVAL_SECONDS = 0.1
 COMMIT_RETRY_SECONDS = 1.0
+# While Kong waits for an answer, reading pauses for this long after each block: what is on disk can wait, what Kong
+# still has can be lost.
+RECEIVING_FIRST_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +220,8 @@ class Sidecar:
             block = await tailer.next_block(self._batcher.wait_seconds(time.monotonic()))
             if block is not None:
                 self._take(block)
+            if self._storing is not None and self._storing.is_busy:
+                await asyncio.sleep(RECEIVING_FIRST_SECONDS)
             for batch in self._batcher.take_due(time.monotonic()):
                 await self._batches.put(batch)  # the bound of this queue is what stops reading during an outage
         for batch in self._batcher.take_due(time.monotonic(), all_of_it=True):

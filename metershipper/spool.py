@@ -241,6 +241,7 @@ class GroupCommit:
         self._on_stored = on_stored
         self._waiting: list[tuple[Sequence[Line], asyncio.Future[Stored | NoRoom]]] = []
         self._some = asyncio.Event()
+        self.is_busy = False  # whether somebody waits for an answer
 
     async def store(self, lines: Sequence[Line]) -> Stored:
         """Returns once the lines are durable. Raises NoRoom; then none of them was kept."""
@@ -258,8 +259,10 @@ class GroupCommit:
         # A thread of its own: what else blocks must not make Kong wait.
         with ThreadPoolExecutor(1, "spool") as executor:
             while True:
+                self.is_busy = bool(self._waiting)
                 await self._some.wait()
                 self._some.clear()
+                self.is_busy = True
                 group, self._waiting = self._waiting, []
                 results = await loop.run_in_executor(executor, self._spool.store, [lines for lines, _ in group])
                 for (_, result), stored in zip(group, results, strict=True):
