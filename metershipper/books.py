@@ -18,6 +18,7 @@ from enum import StrEnum
 
 SKIPPED = "skipped."
 DEAD_LETTERS = "dead_letters."
+RECEIVED = "received."
 
 
 class Count(StrEnum):

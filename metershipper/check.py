@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from metershipper.config import Config, FileInput, OpenMeter, endpoint_of, is_loopback, require_for_run
+from metershipper.config import Config, FileInput, HttpLog, OpenMeter, endpoint_of, is_loopback, require_for_run
+from metershipper.credentials import TokenFile
 from metershipper.metering import MeteringSettings, Rule, Subject
 from metershipper.openmeter import Endpoint, Token
 from metershipper.retry import Verdict
@@ -29,6 +30,8 @@ async def explain(config: Config, where: str) -> list[str]:
     require_for_run(config, where)
     token = Token(config.openmeter)
     has_token = await token.read() is not None
+    if config.inputs.http_log is not None and config.inputs.http_log.token_file:
+        await TokenFile(config.inputs.http_log.token_file).read()
     return list(_sentences(config, where, token, has_token=has_token))
 
 
@@ -36,6 +39,8 @@ def _sentences(config: Config, where: str, token: Token, *, has_token: bool) -> 
     yield f"{where} is valid."
     for file in config.inputs.files:
         yield f"Reads   {_input(file)}"
+    if config.inputs.http_log is not None:
+        yield f"Takes   {_receiver(config.inputs.http_log)}"
     yield from _metering(config.metering)
     for number, rule in enumerate(config.metering.rules):
         yield f"Rule    metering.rules[{number}], for {_scope(rule)}, in place of the above:"
@@ -45,12 +50,22 @@ def _sentences(config: Config, where: str, token: Token, *, has_token: bool) -> 
     yield f"Keeps   positions, books and dead letters in {config.state.directory}"
     if problem := state_problem(config.state.directory):
         yield f"Note    {problem}"
-    if token.warning:
-        yield f"Note    {token.warning}"
+    http_log = config.inputs.http_log
+    http_log_warning = TokenFile(http_log.token_file).warning if http_log and http_log.token_file else None
+    yield from (f"Note    {warning}" for warning in (token.warning, http_log_warning) if warning)
     if has_token and _is_plain_and_remote(endpoint_of(config, where)):
         yield "Note    the token travels unencrypted: ingest_endpoint is http:// and not on this machine"
     if not config.openmeter.ssl_verify:
         yield "Note    the endpoint's certificate is not checked: ssl_verify = false"
+
+
+def _receiver(settings: HttpLog) -> str:
+    """Kong's http_endpoint, from whom it is taken, and how much may wait."""
+    host, port = settings.address
+    url = f"{'http' if settings.cert_file is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}"
+    keys = [name for name, asked in (("token", settings.token_file), ("certificate", settings.client_ca_file)) if asked]
+    who = f"from who has a {' and a '.join(keys)}" if keys else "from anybody on this machine"
+    return f"http-log on {url}{settings.path}, {who}; at most {settings.spool_max_bytes:,} bytes wait on disk"
 
 
 def _input(file: FileInput) -> str:

@@ -245,14 +245,23 @@ class Checkpoint:
     def spool(self) -> tuple[int, int | None]:
         """The spool as one file: its id, and its position; None before anything was read of it."""
         with self.transaction():
-            row = self._db.execute("SELECT file_id, position FROM files WHERE path = ?", (SPOOL_PATH,)).fetchone()
-            if row is None:
-                row = self._db.execute(
-                    "INSERT INTO files (path, position, history, seen_at) VALUES (?, -1, 0, ?)"
-                    " RETURNING file_id, position",
+            if self._spool() is None:
+                self._db.execute(
+                    "INSERT INTO files (path, position, history, seen_at) VALUES (?, -1, 0, ?)",
                     (SPOOL_PATH, time.time()),
-                ).fetchone()
-        return int(row[0]), None if row[1] < 0 else int(row[1])
+                )
+            file_id, position = self._spool() or (0, -1)
+        return file_id, None if position < 0 else position
+
+    def spool_position(self) -> int | None:
+        """Up to where the spool is settled; None where nothing was ever received."""
+        with self._lock:
+            row = self._spool()
+        return None if row is None else max(0, row[1])
+
+    def _spool(self) -> tuple[int, int] | None:
+        row = self._db.execute("SELECT file_id, position FROM files WHERE path = ?", (SPOOL_PATH,)).fetchone()
+        return None if row is None else (int(row[0]), int(row[1]))
 
     def count(self, books: Books) -> None:
         """Add counts that belong to no file. Raises sqlite3.OperationalError; then nothing was added."""

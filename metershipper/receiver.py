@@ -70,6 +70,8 @@ class Receiver:
         """Receive within. Raises ConfigError when the token, the address or a certificate can't be used."""
         if self._token_file is not None:
             self._token = (await self._token_file.read()).encode()
+            if warning := self._token_file.warning:
+                log.warning(warning)
         async with listening(self._settings, self, self.counts) as url:
             log.info("receiving Kong's http-log on %s", url, extra={"url": url})
             yield

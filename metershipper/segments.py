@@ -38,6 +38,19 @@ class Segment:
     end: int
 
 
+def segments_in(directory: Path) -> list[Segment]:
+    """The segments of a spool, as long as their files are, the oldest first; none where there is no spool.
+
+    Raises: OSError.
+    """
+    try:
+        found = [Path(entry.path) for entry in os.scandir(directory) if _NAME.fullmatch(entry.name)]
+        starts = {path: int(path.name.removesuffix(_SUFFIX)) for path in sorted(found)}
+        return [Segment(path, start, start + path.lstat().st_size) for path, start in starts.items()]
+    except FileNotFoundError:
+        return []
+
+
 class Segments:
     """The spool in `directory`, up to `max_bytes`. Methods may be called from any thread; one thread appends."""
 
@@ -51,27 +64,18 @@ class Segments:
         self._reading: tuple[int, int] | None = None  # start of a segment and its descriptor
         self._lock = threading.Lock()
 
-    @staticmethod
-    def files_in(directory: Path) -> list[Path]:
-        """The files of a spool, the oldest first; none where there is no spool. Raises OSError."""
-        try:
-            names = [entry.name for entry in os.scandir(directory) if _NAME.fullmatch(entry.name)]
-        except FileNotFoundError:
-            return []
-        return [directory / name for name in sorted(names)]
-
     def open(self, position: int) -> None:
         """Find what there is, and begin behind it, at least at `position`. Raises OSError, StateError."""
         make_private_directory(self._directory)
-        for path in reversed(self.files_in(self._directory)):
-            start = int(path.name.removesuffix(_SUFFIX))
-            end = start + self._whole_lines_of(path)
+        for segment in reversed(segments_in(self._directory)):
+            segment.end = segment.start + self._whole_lines_of(segment.path)
             if self._segments:
-                end = min(end, self._segments[0].start)  # what was written, but could not be made durable
-            if end > start:
-                self._segments.insert(0, Segment(path, start, end))
+                # What is beyond was written, but could not be made durable.
+                segment.end = min(segment.end, self._segments[0].start)
+            if segment.end > segment.start:
+                self._segments.insert(0, segment)
             else:
-                path.unlink()
+                segment.path.unlink()
         self._end = max([position, *(segment.end for segment in self._segments)])
 
     def _whole_lines_of(self, path: Path) -> int:

@@ -21,7 +21,7 @@ from metershipper.content import Content
 from metershipper.followed import Block, FollowedFile
 from metershipper.records import Gap, Identity, Lost, Sample
 from metershipper.repeats import DIGEST_BYTES, Repeats, digest_of
-from metershipper.segments import SKIPPED_BYTES, Segments
+from metershipper.segments import SKIPPED_BYTES, Segments, segments_in
 
 log = logging.getLogger("metershipper.spool")
 
@@ -77,7 +77,7 @@ class Spool:
     @staticmethod
     def holds_something(state_directory: Path) -> bool:
         """Whether there is a spool that may hold entries, of this or an earlier configuration. Raises OSError."""
-        return bool(Segments.files_in(state_directory / SPOOL_DIRECTORY))
+        return bool(segments_in(state_directory / SPOOL_DIRECTORY))
 
     def open(self) -> None:
         """Find what there is of it. Raises OSError, StateError, sqlite3.OperationalError."""

@@ -14,13 +14,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from metershipper.books import DEAD_LETTERS, SKIPPED, Books, Count
+from metershipper.books import DEAD_LETTERS, RECEIVED, SKIPPED, Books, Count, Received
 from metershipper.checkpoint import Checkpoint
 from metershipper.errors import StateError
 from metershipper.filter import summary
 from metershipper.losses import describe
 from metershipper.records import Gap, Identity, StoredFile
 from metershipper.rotation import logs_of
+from metershipper.segments import segments_in
+from metershipper.spool import SPOOL_DIRECTORY
 from metershipper.state import holder_of
 
 
@@ -38,6 +40,14 @@ class FileStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class SpoolStatus:
+    """What the http-log receiver took in that is still on the disk; `unread_bytes` of it are not settled yet."""
+
+    size_bytes: int
+    unread_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """The state of one state directory. `process_id`: of the running process, None when there is none."""
 
@@ -47,6 +57,7 @@ class Status:
     gaps: list[Gap]
     books: Books
     oldest_unsettled_seconds: int = 0  # how long the oldest lines wait for delivery, if that is 10 s or more
+    spool: SpoolStatus | None = None  # None where nothing was ever received
 
     def as_dict(self) -> dict[str, Any]:
         """The report for `--json`: counts by name, reasons as nested tables."""
@@ -57,11 +68,13 @@ class Status:
             "process_id": self.process_id,
             "oldest_unsettled_seconds": self.oldest_unsettled_seconds,
             "files": [asdict(file) for file in self.files],
+            "spool": None if self.spool is None else asdict(self.spool),
             "gaps": [_plain_gap(gap) for gap in self.gaps],
             "books": plain
             | {
                 "skipped": self.books.by_reason(SKIPPED),
                 "dead_letters": self.books.by_reason(DEAD_LETTERS),
+                "received": {count.removeprefix(RECEIVED): self.books[count] for count in Received},
                 "balanced": self.books.balanced and self.books.events_balanced,
             },
         }
@@ -82,9 +95,18 @@ def read_status(directory: Path) -> Status:
             files = [_file_status(file, there) for file in stored]
             holder, since = holder_of(directory), checkpoint.oldest_unsettled_at()
             waits = 0 if holder is None or since is None else max(0, round(time.time()) - since)
-            return Status(str(directory), holder, files, checkpoint.gaps(), checkpoint.books(), waits)
+            spool = _spool_status(directory, checkpoint.spool_position())
+            return Status(str(directory), holder, files, checkpoint.gaps(), checkpoint.books(), waits, spool)
     except OSError as error:
         raise StateError(f"{directory}: can't be read: {error.strerror}") from None
+
+
+def _spool_status(directory: Path, position: int | None) -> SpoolStatus | None:
+    if position is None:
+        return None
+    segments = segments_in(directory / SPOOL_DIRECTORY)
+    size = sum(segment.end - segment.start for segment in segments)
+    return SpoolStatus(size, sum(max(0, segment.end - max(position, segment.start)) for segment in segments))
 
 
 def _files_in(directories: Iterable[str]) -> dict[Identity, tuple[str, int]]:
@@ -131,9 +153,14 @@ def render(status: Status) -> None:
     for file in present:
         numbers = (file.position_bytes, file.size_bytes, file.unread_bytes)
         table.add_row(escape(file.path), *("?" if number is None else f"{number:,}" for number in numbers))
-    console.print(table)
+    if present:
+        console.print(table)
     if gone := len(status.files) - len(present):
         console.print(f"and {gone} files that are gone")
+    if status.spool is not None:
+        sizes = f"{status.spool.size_bytes:,} bytes, {status.spool.unread_bytes:,} unread"
+        received = [f"{reason} {count:,}" for reason, count in status.books.by_reason(RECEIVED).items()]
+        console.print(f"received by http-log: {', '.join(received) or 'nothing yet'}; spool: {sizes}")
     if waits := status.oldest_unsettled_seconds:
         console.print(f"the oldest usage that is not delivered was read {waits:,} s ago")
     for gap in status.gaps:

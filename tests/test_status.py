@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from metershipper.books import Books, Count
+from metershipper.books import Books, Count, Received
 from metershipper.checkpoint import Checkpoint
 from metershipper.errors import StateError
 from metershipper.ledger import Settled
 from metershipper.records import Gap, Lost, NewFile, Sample
+from metershipper.spool import Spool
 from metershipper.state import StateLock, make_private_directory
-from metershipper.status import FileStatus, read_status, render
+from metershipper.status import FileStatus, SpoolStatus, read_status, render
 
 
 @pytest.fixture
@@ -109,8 +110,26 @@ def test_the_report_as_json_counts_every_name_and_balances(directory: Path, tmp_
         ],
         "books": dict.fromkeys(map(str, Count), 0)
         | {"lines": 6, "entries": 6, "billed": 2, "events": 5, "events.acknowledged": 4, "events.refused": 1}
-        | {"skipped": {"no_subject": 3}, "dead_letters": {"not_json": 1}, "balanced": True},
+        | {"skipped": {"no_subject": 3}, "dead_letters": {"not_json": 1}, "balanced": True}
+        | {"received": {count.removeprefix("received."): 0 for count in Received}},
+        "spool": None,
     }
+
+
+def test_what_http_log_brought_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Checkpoint(tmp_path) as checkpoint:
+        spool = Spool(tmp_path, checkpoint, max_bytes=10_000, repeat_window_seconds=60, max_line_bytes=10_000)
+        spool.open()
+        spool.store([[b'{"a":1}', b'{"b":2}']])
+        checkpoint.commit([Settled(spool.file_id, 8, b"x")])
+        checkpoint.count(Books({Received.REQUESTS: 1200, Received.UNAUTHORIZED: 2}))
+        spool.close()
+    status = read_status(tmp_path)
+    assert status.spool == SpoolStatus(size_bytes=16, unread_bytes=8)
+    assert status.files == []
+    render(status)
+    shown = capsys.readouterr().out
+    assert "received by http-log: requests 1,200, refused.unauthorized 2; spool: 16 bytes, 8 unread" in shown
 
 
 def test_the_report_for_people(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
