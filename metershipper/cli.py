@@ -76,7 +76,7 @@ def cli() -> None:
     help="If the checkpoint is damaged or lost: set it aside and read every log, and its rotated files, again.",
 )
 def run(config_path: Path | None, grace_seconds: float, start_over: bool) -> None:
-    """Follow files and ship their usage until SIGTERM.
+    """Follow files, receive http-log, ship until SIGTERM.
 
     The first SIGTERM or SIGINT stops reading, finishes what is in flight and checkpoints; a second one stops at once.
     After either nothing is lost: what was not acknowledged is read again at the next start.
@@ -354,8 +354,9 @@ def sandbox(listen: str, database: Path | None) -> None:
 def demo(keep: Path | None) -> None:
     """See it work in under 30 s, with no account.
 
-    No configuration either. Kong-like traffic goes into a log file; a real `run` ships it to a sandbox on loopback
-    and is killed with SIGKILL half-way; at the end the sandbox's books are held against what was written.
+    No configuration either. Kong-like traffic goes into a log file and to the http-log receiver; a real `run` ships it
+    to a sandbox on loopback and is killed with SIGKILL half-way; at the end the sandbox's books are held against what
+    was written.
     """
     from metershipper.demo import run_demo
 

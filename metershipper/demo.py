@@ -1,12 +1,14 @@
 """`demo`: the whole of it on one machine in under 30 s, and the proof that nothing was lost or billed twice.
 
-Everything is real but the gateway and the server: a log file written as Kong's file-log writes it, `run` as a process
-of its own with a configuration and a checkpoint, killed with SIGKILL half-way, and the sandbox in place of OpenMeter.
+Everything is real but the gateway and the server: a log file written as Kong's file-log does it, batches posted as its
+http-log does it, `run` as a process of its own with a configuration and a checkpoint, killed with SIGKILL half-way, and
+the sandbox in place of OpenMeter.
 What must be billed is known from the traffic generator, which shares no code with the mapper.
 """
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,13 +25,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from metershipper.books import Books, Count
+from metershipper.books import Books, Count, Received
 from metershipper.errors import StateError, UsageError
 from metershipper.status import read_status
 from metershipper.traffic import Traffic, Truth
 
 SEED = 20260101
 ENTRIES_PER_SECOND = 1000
+MAX_BATCH_SIZE = 20  # entries in one request of http-log
 SECONDS_BEFORE_KILL = 2.0
 SECONDS_WHILE_DOWN = 0.5
 SECONDS_AFTER_RESTART = 2.0
@@ -46,6 +49,9 @@ max_wait_seconds = 0.2
 
 [[inputs.files]]
 path = "{log}"
+
+[inputs.http_log]
+listen = "127.0.0.1:{port}"
 
 [state]
 directory = "{state}"
@@ -124,16 +130,44 @@ def show(outcome: Outcome, console: Console) -> bool:
         cells = (row["model"], row["type"]) if is_call else ("(API requests)", "")
         table.add_row(row["subject"], *cells, f"{row['events']:,}", f"{row['tokens']:,}" if is_call else "")
     console.print(table)
-    truth, counts = outcome.truth, outcome.counts
+    truth, books, counts = outcome.truth, outcome.books, outcome.counts
     differences = outcome.differences()
     lost = max(0, truth.events - counts["events"])
+    repeats = counts["repeats"] + books[Received.REPEATS]
     console.print(
         f"{truth.entries:,} entries in ({truth.anonymous:,} skipped: no consumer), {counts['events']:,} events out, "
-        f"{counts['repeats']:,} repeats absorbed, {lost} lost: checked against what was written."
+        f"{repeats:,} repeats absorbed, {lost} lost: checked against what was written."
     )
     for difference in differences:
         console.print(f"THE BOOKS DO NOT BALANCE: {difference}", markup=False)
     return not differences
+
+
+class _HttpLog:
+    """Kong's http-log: a queue in memory, sent in batches, the same batch again until it is answered with 2xx."""
+
+    def __init__(self, client: httpx.Client) -> None:
+        self._client = client
+        self._waiting: list[bytes] = []
+        self._batch: list[bytes] = []
+
+    def add(self, entry: bytes) -> None:
+        """Queue an entry."""
+        self._waiting.append(entry)
+
+    def send(self) -> bool:
+        """Send what waits, as far as it is taken; whether all of it was."""
+        while self._batch or self._waiting:
+            if not self._batch:
+                self._batch, self._waiting = self._waiting[:MAX_BATCH_SIZE], self._waiting[MAX_BATCH_SIZE:]
+            try:
+                answer = self._client.post("/", content=b"[" + b",".join(self._batch) + b"]")
+            except httpx.TransportError:
+                return False
+            if not answer.is_success:
+                return False
+            self._batch = []
+        return True
 
 
 class _Demo:
@@ -145,19 +179,25 @@ class _Demo:
         self._log = directory / "usage.log"
         self._state = directory / "state"
         self._traffic = Traffic(SEED, started_at_ms=int(time.time() * 1000))
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._port: int = free.getsockname()[1]
+        self._client = httpx.Client(base_url=f"http://127.0.0.1:{self._port}", trust_env=False)
+        self._http_log = _HttpLog(self._client)
 
     def run(self) -> Outcome:
-        with self._sandbox() as sandbox:
+        with self._sandbox() as sandbox, self._client:
             assert sandbox.stdout is not None
             url = sandbox.stdout.readline().strip()
             if not url:
                 raise DemoFailed("the sandbox did not start")
             self._say(f"a sandbox endpoint listens on {url}")
             (self._directory / "config.toml").write_text(
-                _CONFIG.format(url=url, log=self._log, state=self._state), encoding="utf-8"
+                _CONFIG.format(url=url, log=self._log, port=self._port, state=self._state), encoding="utf-8"
             )
             with self._sidecar() as sidecar:
-                self._say("`metershipper run` follows usage.log; Kong-like traffic is written to it")
+                self._say(
+                    "`metershipper run` follows usage.log and receives http-log; Kong-like traffic comes both ways"
+                )
                 self._write(SECONDS_BEFORE_KILL / 2)
                 self._wait_until_settled(sidecar, some=True)
                 self._write(SECONDS_BEFORE_KILL / 2)
@@ -167,13 +207,14 @@ class _Demo:
             self._log.rename(self._log.with_name("usage.log.1"))
             self._write(SECONDS_WHILE_DOWN / 2)
             with self._sidecar() as sidecar:
-                self._say("the sidecar is started again: it finishes the rotated file, then reads the new one")
+                self._say("the sidecar is started again: it finishes the rotated file and the spool, then goes on")
                 self._write(SECONDS_AFTER_RESTART)
-                books = self._wait_until_settled(sidecar, some=False)
+                self._wait_until_settled(sidecar, some=False)
                 sidecar.send_signal(signal.SIGTERM)
                 if sidecar.wait(PATIENCE_SECONDS) != 0:
                     raise DemoFailed(f"`run` ended with exit code {sidecar.returncode}; see {self._directory}/run.log")
             self._say("everything is acknowledged and checkpointed; the sidecar is stopped with SIGTERM")
+            books = read_status(self._state).books
             with httpx.Client(base_url=url, trust_env=False) as client:
                 counts = client.get("/sandbox/counts").raise_for_status().json()
                 usage = client.get("/sandbox/usage").raise_for_status().json()["usage"]
@@ -190,24 +231,31 @@ class _Demo:
                 yield process
 
     def _write(self, seconds: float) -> None:
-        """Write entries as Kong's file-log does: one write for each line, to a file opened for appending."""
+        """Log entries as Kong does: every other one by file-log, with one write to a file opened for appending; the
+        others by http-log.
+        """
         fd = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             ends_at = time.monotonic() + seconds
             for number in range(int(seconds * ENTRIES_PER_SECOND)):
-                os.write(fd, self._traffic.line())
+                line = self._traffic.line()
+                if number % 2:
+                    self._http_log.add(line.rstrip())
+                else:
+                    os.write(fd, line)
                 due_at = ends_at - seconds + number / ENTRIES_PER_SECOND
-                if number % 50 == 0 and due_at > time.monotonic():
-                    time.sleep(due_at - time.monotonic())
+                if number % 50 == 0:
+                    self._http_log.send()
+                    time.sleep(max(0.0, due_at - time.monotonic()))
         finally:
             os.close(fd)
 
-    def _wait_until_settled(self, sidecar: "subprocess.Popen[str]", *, some: bool) -> Books:
-        """Wait until all that was written is settled, or `some` of it; return the books."""
+    def _wait_until_settled(self, sidecar: "subprocess.Popen[str]", *, some: bool) -> None:
+        """Wait until all that was logged is settled, or `some` of it."""
         wanted = 1 if some else self._traffic.truth.entries
         deadline = time.monotonic() + PATIENCE_SECONDS
-        books = Books()
         while time.monotonic() < deadline:
+            self._http_log.send()
             if sidecar.poll() is not None:
                 raise DemoFailed(f"`run` ended with exit code {sidecar.returncode}; see {self._directory}/run.log")
             try:
@@ -215,9 +263,8 @@ class _Demo:
             except StateError:
                 books = Books()
             if books[Count.LINES] >= wanted:
-                break
+                return
             time.sleep(0.1)
-        return books
 
     def _say(self, text: str) -> None:
         self._console.print(f"  {text}", markup=False)
