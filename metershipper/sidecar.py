@@ -26,7 +26,6 @@ from metershipper.housekeeping import Housekeeping
 from metershipper.ledger import Ledger, Settled, merge
 from metershipper.mapper import Mapper, nuls, overlong_line
 from metershipper.openmeter import Endpoint
-from metershipper.receiver import Receiver
 from metershipper.redelivery import Redelivery
 from metershipper.retry import Answer
 from metershipper.shipper import REPEAT_LOG_SECONDS, Shipper
@@ -184,6 +183,8 @@ class Sidecar:
         settings = self._config.inputs.http_log
         if settings is None or self._spool is None:
             return Books()
+        from metershipper.receiver import Receiver  # a web server: only who receives pays for it
+
         self._storing = GroupCommit(self._spool, tailer.wake)
         receiver = Receiver(settings, self._storing.store)
         await self._receiving.enter_async_context(receiver.serving())
