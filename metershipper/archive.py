@@ -18,6 +18,7 @@ _GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _ZSTD_SKIPPABLE_MAGICS = tuple(bytes((first,)) + b"\x2a\x4d\x18" for first in range(0x50, 0x60))
 MAGIC_BYTES = 4
 GZIP_SIZE_MODULUS = 2**32
+ENDS_EARLY = "it ends in the middle"
 # What is unpacked in one step is bounded by what goes into it: gzip makes at most 1,032 bytes of one, zstd 32,768.
 _STEP_BYTES: dict[Compression, int] = {"gzip": 16 * 1024, "zstd": 512}
 _GZIP_WINDOW = 31  # zlib's code for: a gzip header, and its checksum
@@ -97,7 +98,7 @@ class Unpacker:
     def end(self) -> None:
         """There is no more. Raises Damaged where there should be."""
         if self._member is not None:
-            raise Damaged("it ends in the middle")
+            raise Damaged(ENDS_EARLY)
 
 
 def _unpacked(member: _Member, data: bytes) -> Iterator[bytes]:

@@ -53,6 +53,9 @@ class Skip(StrEnum):
     FILTERED_WORKSPACE = "filtered_workspace"
     FAILED_AI_CALL = "failed_ai_call"  # only an estimate of a failed AI call (status >= 400, no output)
     STREAM_SESSION = "stream_session"  # a TCP or TLS session of Kong's stream mode: no request in it
+    OUTSIDE_PERIOD = "outside_period"  # of a replay: not between --since and --until
+    OTHER_SUBJECT = "other_subject"  # of a replay: not of its --subject
+    ALREADY_DELIVERED = "already_delivered"  # of a replay: an earlier one, with other bounds, delivered it
 
 
 class Dead(StrEnum):

@@ -16,17 +16,19 @@ from pathlib import Path
 from metershipper.books import Books
 from metershipper.dead_letters import DeadLetterTable
 from metershipper.errors import StateError
+from metershipper.file_table import FILE_COLUMNS, ReplayTable, insert_file, stored_file
 from metershipper.ledger import Settled
-from metershipper.records import Gap, Lost, NewFile, Sample, Stamp, StoredFile
+from metershipper.records import Gap, Lost, NewFile, Sample, StoredFile
 from metershipper.schema import MIGRATIONS, SCHEMA_VERSION
-from metershipper.state import sync_directory
+from metershipper.state import REPLAY_LOCK_NAME, holder_of, sync_directory
 
 DATABASE_NAME = "checkpoint.sqlite"
 # A file that is gone is forgotten after this long: as long as a server would still know its events again (OpenMeter's
 # quickstart remembers ids for 32 days), plus a reserve for volumes that come back late.
 FORGET_AFTER_SECONDS = 45 * 86400.0
-# Gaps are evidence about invoices: they are kept for longer.
-FORGET_GAPS_AFTER_SECONDS = 400 * 86400.0
+# Gaps are evidence about invoices: they are kept for longer. So is what was replayed: it is all that keeps months that
+# no server knows again from being billed a second time.
+FORGET_GAPS_AFTER_SECONDS = FORGET_REPLAYS_AFTER_SECONDS = 400 * 86400.0
 # Where the books of forgotten files are kept, and what belongs to none.
 _NO_FILE_ID = 0
 # What the spool is called among the files: one log without end, whatever segments there are of it.
@@ -203,10 +205,18 @@ class Checkpoint:
         """What could not be billed; to be used within `reading`, and for changes within a `transaction`."""
         return DeadLetterTable(self._db)
 
+    @property
+    def replays(self) -> ReplayTable:
+        """What is known of content, whoever read it; to be used like `dead_letters`."""
+        return ReplayTable(self._db)
+
     # Files
 
     def register(self, files: Sequence[NewFile], inputs: Iterable[str] = ()) -> list[int]:
-        """Give each new file its `file_id`, and remember `inputs` as seen, in one transaction."""
+        """Give each new file its `file_id`, and remember `inputs` as seen, in one transaction.
+
+        Raises: ReplayedMeanwhile where a replay took the same content since it was looked up; then nothing is recorded.
+        """
         ids: list[int] = []
         with self.transaction():
             self._db.executemany("INSERT OR IGNORE INTO inputs VALUES (?)", [(path,) for path in inputs])
@@ -215,13 +225,8 @@ class Checkpoint:
                     self._db.execute(
                         "UPDATE files SET device = NULL, inode = NULL WHERE file_id = ?", (new.supersedes,)
                     )
-                place = (new.path, new.device, new.inode, new.compressed)
-                cursor = self._db.execute(
-                    "INSERT INTO files (path, device, inode, compressed, head_bytes, head_hash, position, history,"
-                    " seen_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (*place, new.head.length, new.head.digest, new.position, new.history, time.time()),
-                )
-                ids.append(int(cursor.lastrowid or 0))
+                self.replays.refuse_changed(new)
+                ids.append(insert_file(self._db, new, time.time()))
         return ids
 
     def update(self, file: StoredFile) -> None:
@@ -247,7 +252,7 @@ class Checkpoint:
         with self.transaction():
             if self._spool() is None:
                 self._db.execute(
-                    "INSERT INTO files (path, position, history, seen_at) VALUES (?, -1, 0, ?)",
+                    "INSERT INTO files (path, position, history, seen_at, origin) VALUES (?, -1, 0, ?, 'http-log')",
                     (SPOOL_PATH, time.time()),
                 )
             file_id, position = self._spool() or (0, -1)
@@ -260,7 +265,7 @@ class Checkpoint:
         return None if row is None else max(0, row[1])
 
     def _spool(self) -> tuple[int, int] | None:
-        row = self._db.execute("SELECT file_id, position FROM files WHERE path = ?", (SPOOL_PATH,)).fetchone()
+        row = self._db.execute("SELECT file_id, position FROM files WHERE origin = 'http-log'").fetchone()
         return None if row is None else (int(row[0]), int(row[1]))
 
     def count(self, books: Books) -> None:
@@ -275,20 +280,25 @@ class Checkpoint:
         )
 
     def files(self) -> list[StoredFile]:
-        """Every log file that is remembered, in the order in which they were met."""
+        """Every file that `run` remembers, in the order in which they were met."""
         with self._lock:
-            rows = self._db.execute(
-                "SELECT file_id, path, device, inode, head_bytes, head_hash, tail_bytes, tail_hash, position, history,"
-                " compressed, seen_bytes, stamp_bytes, stamp_mtime_ns FROM files WHERE path <> ? ORDER BY file_id",
-                (SPOOL_PATH,),
-            ).fetchall()
-        return [
-            StoredFile(
-                *(row[0], row[1], row[2], row[3], Sample(row[4], row[5]), Sample(row[6], row[7]), row[8]),
-                *(bool(row[9]), bool(row[10]), row[11], None if row[12] is None else Stamp(row[12], row[13])),
-            )
-            for row in rows
-        ]
+            rows = self._db.execute(f"SELECT {FILE_COLUMNS} FROM files WHERE origin = 'run' ORDER BY file_id")
+            return [stored_file(row) for row in rows]
+
+    def replayed(self, head: Sample) -> list[StoredFile]:
+        """What `replay` read, without a filter, of content that begins with `head`."""
+        with self._lock:
+            return self.replays.whole(head)
+
+    def take_over(self, file: StoredFile) -> bool:
+        """Make what `replay` read a file of `run`; False when something happened to it since it was looked up."""
+        with self.transaction():
+            return self.replays.take_over(file)
+
+    @property
+    def replay_is_running(self) -> bool:
+        """Whether a replay is at work on this state directory."""
+        return holder_of(self._path.parent, REPLAY_LOCK_NAME) is not None
 
     def forget(self, present: Collection[int], now: float) -> list[int]:
         """Drop the files that are gone for longer than a server would know their events again; their books are kept.
@@ -299,8 +309,10 @@ class Checkpoint:
         with self.transaction():
             self._db.executemany("UPDATE files SET seen_at = ? WHERE file_id = ?", [(now, each) for each in present])
             old = self._db.execute(
-                "SELECT file_id FROM files WHERE seen_at < ? AND path <> ?", (now - FORGET_AFTER_SECONDS, SPOOL_PATH)
-            )
+                "SELECT file_id FROM files WHERE origin <> 'http-log'"
+                " AND seen_at < CASE origin WHEN 'run' THEN ? ELSE ? END",
+                (now - FORGET_AFTER_SECONDS, now - FORGET_REPLAYS_AFTER_SECONDS),
+            ).fetchall()
             gone = [file_id for (file_id,) in old if file_id not in present]
             for file_id in gone:
                 self._db.execute(

@@ -123,6 +123,35 @@ async def _run_until_signalled(sidecar: Any) -> bool:
     return bool(stopped.forced)
 
 
+@cli.command()
+@_config_option
+@click.option("--since", metavar="TIME", help="Only events at or after this time: 2026-05-01[T12:00:00Z].")
+@click.option("--until", metavar="TIME", help="Only events before this time.")
+@click.option("--subject", metavar="TEXT", help="Only events of this subject.")
+@click.option("--dry-run", is_flag=True, help="Tell what would be sent, and send nothing.")
+@click.option("--yes", is_flag=True, help="Do not ask, also where something could be billed twice.")
+@click.option("--json", "as_json", is_flag=True, help="Print plan and result as one JSON document.")
+@click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes that map files.")
+@click.option("--limit-events-per-second", type=click.FloatRange(0, min_open=True), help="Send no faster than this.")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+def replay(config_path: Path | None, paths: tuple[str, ...], **options: Any) -> None:
+    """Backfill: ship archived logs, once and only once.
+
+    PATHs are files, globs or directories; plain, gzip or zstd. What was shipped before, by `run` or by a replay, is
+    known by its content and not sent again. Shows a plan first, and asks where usage could be billed twice. The same
+    command resumes after any interruption. Works beside `run`.
+
+    \b
+    Example:
+      metershipper replay --dry-run '/archive/kong/**/*.gz'
+    Exit codes: 0 all delivered, 1 failed, 2 wrong usage, 3 something is left.
+    """
+    from metershipper.replay_face import replay_paths
+
+    config, where = _load(config_path)
+    sys.exit(replay_paths(config, where, paths, **options))
+
+
 @cli.command(name="map")
 @_config_option
 @click.option("--explain", is_flag=True, help="Tell for each entry what was billed or skipped, and by which rule.")

@@ -80,6 +80,7 @@ class OpenMeter(Section):
     ssl_verify: bool = True
     ca_file: CheckedPath | None = None
     max_in_flight: int = Field(4, gt=0, le=64)
+    dedupe_window_days: int = Field(32, ge=0, le=36500)
     batch: Batch = Batch()
     retry: Retry = Retry()
 

@@ -32,6 +32,10 @@ class Registry(GapBook, Protocol):
     def register(self, files: Sequence[NewFile], inputs: Iterable[str] = ()) -> list[int]: ...
     def update(self, file: StoredFile) -> None: ...
     def forget(self, present: Collection[int], now: float) -> list[int]: ...
+    def replayed(self, head: Sample) -> list[StoredFile]: ...
+    def take_over(self, file: StoredFile) -> bool: ...
+    @property
+    def replay_is_running(self) -> bool: ...
 
 
 def stamp_of(found: Found) -> Stamp:
@@ -136,6 +140,16 @@ class KnownFiles:
         whole = (record for record in records if content.holds(record))
         begun = (record for record in records if content.state()[0] < record.position)
         return next(whole, None) or next(begun, None)
+
+    def replayed(self, content: Content, head: Sample) -> tuple[StoredFile | None, frozenset[int]]:
+        """What `replay` read of this content, the furthest; and the ids of all that it read of content that begins so.
+
+        Looked up anew each time, as it may be at work at the moment; that is only where something is not known here.
+        """
+        found = self.registry.replayed(head) if head.length else []
+        held = (record for record in found if content.holds(record))
+        furthest = max(held, key=lambda record: record.position, default=None)
+        return furthest, frozenset(record.file_id for record in found)
 
     # Where content is
 

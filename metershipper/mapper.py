@@ -20,6 +20,7 @@ from metershipper.metering import Metering, MeteringSettings
 from metershipper.pieces import Piece, Unbillable, pieces, whole_object
 from metershipper.readers import AnyEntry
 from metershipper.rules import RuleBook
+from metershipper.scope import Sieve
 from metershipper.usage import shown
 
 # OpenMeter stores times as 32-bit seconds. Seconds in place of milliseconds fall below the lower bound.
@@ -58,10 +59,13 @@ class Mapper:
         # Without rules and filters there is nothing to choose: the hot path knows its meter.
         self._only = base if not named and not _has_filters(metering) else None
 
-    def map_lines(self, data: bytes, start_offset: int = 0, format: Format = "auto") -> Mapped:
+    def map_lines(
+        self, data: bytes, start_offset: int = 0, format: Format = "auto", sieve: Sieve | None = None
+    ) -> Mapped:
         """Map `data`: whole lines, of which the last may lack its newline; `start_offset` is where they begin.
 
         A container's record must not be cut by the end of `data` either (see `complete_lines`): a part of one is torn.
+        With a `sieve` only what it takes becomes events.
         Never raises for anything the lines hold.
         """
         mapped = Mapped()
@@ -76,7 +80,7 @@ class Mapper:
             if entry is not None:
                 entries += 1
                 try:
-                    found = self._bill(entry, line, books)
+                    found = self._bill(entry, line, books, sieve)
                 except Unbillable as fault:
                     _keep(mapped, fault, Text(line, offset, min(offset + len(line) + 1, end), None), line)
                 else:
@@ -90,23 +94,23 @@ class Mapper:
                     books[Count.NUL_BYTES] += len(line) - len(line.lstrip(b"\0"))
                 text = unwrapper.add(line, offset, min(offset + len(line) + 1, end))
                 if text is not None:
-                    self._map_text(text, format, mapped)
+                    self._map_text(text, format, mapped, sieve)
             offset += len(line) + 1
         for text in unwrapper.rest():
-            self._map_text(text, format, mapped)
+            self._map_text(text, format, mapped, sieve)
         books[Count.LINES] += len(lines)
         books[Count.ENTRIES] += entries
         books[Count.BILLED] += billed
         books[Count.EVENTS] += len(events)
         return mapped
 
-    def _map_text(self, text: Text, format: Format, mapped: Mapped) -> None:
+    def _map_text(self, text: Text, format: Format, mapped: Mapped, sieve: Sieve | None) -> None:
         """Map what is not simply one entry on a line of its own."""
         entry = self._decode(text.payload) if text.wrapper else None
         for piece in _pieces(text, format) if entry is None else [entry]:
             mapped.books[Count.ENTRIES] += 1
             try:
-                found = self._bill_piece(piece, text.payload, mapped.books)
+                found = self._bill_piece(piece, text.payload, mapped.books, sieve)
             except Unbillable as fault:
                 raw = piece.raw if isinstance(piece, Piece) and piece.raw else text.payload
                 _keep(mapped, fault, text, raw)
@@ -117,17 +121,21 @@ class Mapper:
                     mapped.events += found
                     mapped.books[Count.BILLED] += 1
 
-    def _bill_piece(self, piece: Piece | Skip | AnyEntry, line: bytes, books: Books) -> list[UsageEvent] | Skip:
+    def _bill_piece(
+        self, piece: Piece | Skip | AnyEntry, line: bytes, books: Books, sieve: Sieve | None = None
+    ) -> list[UsageEvent] | Skip:
         if isinstance(piece, Skip):
             return piece
         if not isinstance(piece, Piece):
-            return self._bill(piece, line, books)
+            return self._bill(piece, line, books, sieve)
         if piece.fault is not None:
             raise piece.fault
         value = piece.value or {}
-        return self._bill(self._convert(value), value, books)
+        return self._bill(self._convert(value), value, books, sieve)
 
-    def _bill(self, entry: AnyEntry, source: bytes | dict[str, Any], books: Books) -> list[UsageEvent] | Skip:
+    def _bill(
+        self, entry: AnyEntry, source: bytes | dict[str, Any], books: Books, sieve: Sieve | None
+    ) -> list[UsageEvent] | Skip:
         """The events of one entry, or why there are none. `source`: what it was read from, for want of a request id."""
         request = entry.request
         if request is None:
@@ -139,6 +147,8 @@ class Mapper:
         subject = meter.subject_of(entry)
         if isinstance(subject, Skip):
             return subject
+        if sieve is not None and (reason := sieve.skip(time, subject[0])) is not None:
+            return reason
         request_id = request.id
         base = f"{request_id}-{int(entry.started_at)}" if request_id else content_hash(_object_of(source))
         found = meter.events_of(entry, request, base, subject, time, books)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from metershipper.config import FileInput
 from metershipper.content import Content, end_of_lines, open_content
+from metershipper.file_table import ReplayedMeanwhile
 from metershipper.followed import FollowedFile
 from metershipper.known import KnownFiles, Registry, stamp_of
 from metershipper.lineages import Lineages
@@ -22,7 +23,10 @@ from metershipper.rotation import is_compressed_name
 
 log = logging.getLogger("metershipper.tailer")
 
-_HISTORY = "rotated before its log was first followed, so it is not read; to bill it too, list it as an input"
+_HISTORY = (
+    "rotated before its log was first followed, so it is not read; "
+    "to bill it too, list it as an input, or `metershipper replay` it"
+)
 
 Logs = Mapping[Identity, Found]
 
@@ -163,8 +167,9 @@ class Placing:
         if not found.status.st_size or not found.named:
             return
         if not self.known.is_known(found) and (found.from_end or not found.listed):
-            # There before its log was ever looked for: whether it was billed before, nobody here knows.
-            log.warning("%s: %s", found.path, _HISTORY)
+            # There before its log was ever looked for: whether it was billed before, only a replay may know.
+            if self.known.replayed(content, head)[0] is None:
+                log.warning("%s: %s", found.path, _HISTORY)
             size = 0 if content.compressed else found.status.st_size
             self.known.record(replace(_new(found, content, head, size), path=found.path, history=True), stamp_of(found))
         elif not head.length and not was_blank and self._is_begun(found):
@@ -275,12 +280,34 @@ class Placing:
         self._follow(opened, found, file)
 
     def _follow_new(self, opened: _Opened, found: Found, new: NewFile, *, rotated: bool = False) -> None:
-        log.info("%s: following from byte %d", found.path, new.position)
+        """Follow content that `run` does not know; what `replay` delivered of it is not read again."""
+        replayed, known_replays = self.known.replayed(opened.content, new.head)
+        is_left_out = found.from_end and new.position  # whoever reads what is before
+        if replayed is not None and not is_left_out and replayed.position >= new.position:
+            self._follow_replayed(opened, found, replayed, rotated=rotated)
+            return
         tail = opened.content.tail(new.position)
-        record = self.known.record(new)
+        try:
+            record = self.known.record(replace(new, known_replays=known_replays))
+        except ReplayedMeanwhile:
+            return  # the next look sees it
+        log.info("%s: following from byte %d", found.path, new.position)
         self.known.taken(record)
         file = FollowedFile(record.file_id, found.log, opened.content, new.position, tail, new.head, rotated)
         self._follow(opened, found, file)
+
+    def _follow_replayed(self, opened: _Opened, found: Found, replayed: StoredFile, *, rotated: bool) -> None:
+        """Take over what `replay` delivered; while it does, it is left alone, and looked at again."""
+        if replayed.replaying is not None and self.registry.replay_is_running:
+            self.listing.complain(found.path, "is being replayed; followed as soon as that is done", failed=False)
+            self.listing.look_again()
+        elif not self.registry.take_over(replayed):
+            self.listing.look_again()
+        elif rotated and not opened.content.has_more_than(replayed.position):
+            log.info("%s: was replayed; it is not read again", found.path)
+            self.known.complete(found, opened.content, replayed)
+        else:
+            self._resume(opened, found, replayed, rotated=rotated)
 
     def _follow(self, opened: _Opened, found: Found, file: FollowedFile) -> None:
         opened.kept = True

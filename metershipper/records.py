@@ -6,9 +6,10 @@ Pure values; all lengths and offsets are bytes, of a compressed file those of it
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 Identity = tuple[int, int]  # device, inode
+Origin = Literal["run", "replay"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,11 @@ class StoredFile:
 
     `device` and `inode` are None once other content took its place. `seen_bytes`: how long the file was when it was
     rotated and read to its end; None while more may come. `history`: there before its log was followed, and never read.
-    `stamp`: while the file has it, there is nothing more in it.
+    `stamp`: while the file has it, there is nothing more in it. `start_offset`: where reading began; what is before was
+    left out (`read_from`), or is settled under another record.
+
+    `origin`: who read it. What `replay` read has no place, only content. `scope`: what a filtered replay took of it, as
+    `scope.Scope` writes it; None for everything. `replaying`: the replay that delivers it, or did when it was killed.
     """
 
     file_id: int
@@ -51,6 +56,10 @@ class StoredFile:
     compressed: bool = False
     seen_bytes: int | None = None
     stamp: Stamp | None = None
+    start_offset: int = 0
+    origin: Origin = "run"
+    scope: str | None = None
+    replaying: int | None = None
 
     @property
     def identity(self) -> Identity | None:
@@ -70,7 +79,10 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class NewFile:
-    """A file met for the first time. `supersedes`: the stored file whose place its content took."""
+    """A file met for the first time. `supersedes`: the stored file whose place its content took.
+
+    `known_replays`: what `replay` had read of this content when it was looked up; None where that does not matter.
+    """
 
     path: str
     device: int
@@ -80,6 +92,7 @@ class NewFile:
     supersedes: int | None = None
     history: bool = False
     compressed: bool = False
+    known_replays: frozenset[int] | None = None
 
 
 class Lost(StrEnum):

@@ -14,7 +14,7 @@ FOREIGN_SUFFIXES = (".bz2", ".xz", ".lz4", ".Z", ".zip")
 
 _NUMBERED = re.compile(r"\d[\w\-.:]*").fullmatch  # usage.log|.1, usage.log|-2026-11-21T10:00
 _DATED = re.compile(r"\.\d[\d\-_T:.]*|[\-_](?=(?:\D*\d){6})\d[\d\-_T:.]*").fullmatch  # usage|-2026-11-21|.log
-_LEFT_BEHIND = ("~", ".swp", ".tmp", ".bak")
+LEFT_BEHIND = ("~", ".swp", ".tmp", ".bak")
 
 
 def is_compressed_name(name: str) -> bool:
@@ -33,7 +33,7 @@ def logs_of(name: str) -> tuple[str, ...]:
 
 def _logs_of(name: str) -> Iterator[str]:
     plain = next((name.removesuffix(suffix) for suffix in COMPRESSED_SUFFIXES if name.endswith(suffix)), name)
-    if not plain or plain.endswith((*FOREIGN_SUFFIXES, *_LEFT_BEHIND)):
+    if not plain or plain.endswith((*FOREIGN_SUFFIXES, *LEFT_BEHIND)):
         return
     if plain != name:
         yield plain  # compressed by hand, or by a rotation that does nothing else

@@ -69,5 +69,14 @@ CREATE TRIGGER dead_letter_cut AFTER UPDATE OF line ON dead_letters BEGIN
     UPDATE facts SET value = value + length(new.line) - length(old.line) WHERE name = 'dead_letter_bytes'; END;
 INSERT INTO books SELECT file_id, 'events.acknowledged', count FROM books WHERE name = 'events';
 """,
+    # What `replay` delivers is known beside what `run` reads (see `records.StoredFile`). Where reading began was not
+    # recorded before: what is before a position then counts as delivered, so that nothing is billed twice.
+    """
+ALTER TABLE files ADD COLUMN begin_offset INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE files ADD COLUMN origin TEXT NOT NULL DEFAULT 'run';
+ALTER TABLE files ADD COLUMN scope TEXT;
+ALTER TABLE files ADD COLUMN replaying INTEGER;
+CREATE INDEX files_by_head ON files (head_hash);
+""",
 )
 SCHEMA_VERSION = len(MIGRATIONS)

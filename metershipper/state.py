@@ -8,19 +8,29 @@ from pathlib import Path
 from metershipper.errors import StateError, StateInUse
 
 LOCK_NAME = "lock"
+REPLAY_LOCK_NAME = "replay.lock"  # beside `run`, one replay at a time
 # How long a second process tries: `status` holds the lock for an instant to see whether it is free.
 LOCK_PATIENCE_SECONDS = 0.5
 # The lock file is a process id, padded so that it is overwritten in place, and then, once there is a checkpoint:
 _PID_BYTES = 21
 _USED = b"used\n"
+_HELD = (
+    "in use by process {holder}; one state directory serves one process: "
+    "stop that one, or give this one its own state.directory"
+)
+REPLAY_HELD = "process {holder} is replaying; one replay at a time: wait for it, or stop it with Ctrl-C or SIGTERM"
 
 
 class StateLock:
-    """A kernel lock on the state directory: nothing stale is left behind by a kill."""
+    """A kernel lock on the state directory: nothing stale is left behind by a kill.
 
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / LOCK_NAME
+    Args: `name`, of the lock's file; `held`, what the user is told when another process has it.
+    """
+
+    def __init__(self, directory: Path, name: str = LOCK_NAME, held: str = _HELD) -> None:
+        self._path = directory / name
         self._directory = directory
+        self._held = held
 
     def __enter__(self) -> "StateLock":
         """Take the lock. Raises StateInUse when a process holds it, StateError when the directory can't be used."""
@@ -44,10 +54,7 @@ class StateLock:
         while not _try_lock(self._fd, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
                 holder = _pid_in(self._fd) or "unknown"
-                raise StateInUse(
-                    f"{self._directory}: in use by process {holder}; one state directory serves one process: "
-                    "stop that one, or give this one its own state.directory"
-                )
+                raise StateInUse(f"{self._directory}: {self._held.format(holder=holder)}")
             time.sleep(0.05)
         os.pwrite(self._fd, f"{os.getpid():<{_PID_BYTES - 1}}\n".encode(), 0)
 
@@ -66,10 +73,10 @@ class StateLock:
         os.close(self._fd)
 
 
-def holder_of(directory: Path) -> int | None:
-    """The id of the process that holds the state directory, or None."""
+def holder_of(directory: Path, name: str = LOCK_NAME) -> int | None:
+    """The id of the process that holds the state directory, or this lock of it; None when no process does."""
     try:
-        fd = os.open(directory / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(directory / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
         return None
     try:

@@ -72,6 +72,7 @@ def test_the_names_are_a_closed_list_that_others_rely_on() -> None:
     assert {*Skip} == {
         "blank_line", "not_an_entry", "no_subject", "no_usage", "rule_disabled", "filtered_method", "filtered_status",
         "filtered_path", "filtered_workspace", "failed_ai_call", "stream_session",
+        "outside_period", "other_subject", "already_delivered",
     }  # fmt: skip
     assert {*Dead} == {
         "not_json", "not_an_entry", "line_too_long", "bad_started_at", "bad_token_count", "bad_subject", "no_subject",

@@ -87,7 +87,7 @@ def test_what_is_committed_is_there_when_the_file_is_opened_again(directory: Pat
     with Checkpoint(directory) as checkpoint:
         assert checkpoint.files() == [
             StoredFile(first, "/logs/usage.log", 7, 1, HEAD, TAIL, 90),
-            StoredFile(second, "/logs/usage.log", 7, 2, HEAD, Sample(), 5, history=True),
+            StoredFile(second, "/logs/usage.log", 7, 2, HEAD, Sample(), 5, history=True, start_offset=5),
         ]
         assert checkpoint.inputs() == {"/logs/*.log"}
         assert checkpoint.books() == Books(lines=5, entries=5, billed=4, **{"dead_letters.not_json": 1})

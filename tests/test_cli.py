@@ -26,7 +26,7 @@ from metershipper import __main__, __version__
 from metershipper.cli import cli
 from metershipper.traffic import Traffic
 
-COMMANDS = ["check", "dead-letters", "demo", "import-kong", "map", "run", "sandbox", "status"]
+COMMANDS = ["check", "dead-letters", "demo", "import-kong", "map", "replay", "run", "sandbox", "status"]
 SECRET = "spat_V3ryS3cret"
 ENTRIES = 5
 

@@ -110,6 +110,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
             "ssl_verify": True,
             "ca_file": None,
             "max_in_flight": 4,
+            "dedupe_window_days": 32,
             "batch": {"max_events": 500, "max_bytes": 1_000_000, "max_wait_seconds": 1.0},
             "retry": {"initial_delay_seconds": 0.5, "max_delay_seconds": 60.0},
         },
@@ -423,6 +424,10 @@ def test_every_problem_is_told_at_once_one_line_each(tmp_path: Path) -> None:
         (
             "[openmeter]\nmax_in_flight = 1.5",
             "openmeter.max_in_flight: should be a valid integer, got a number with a f",
+        ),
+        (
+            "[openmeter]\ndedupe_window_days = -1",
+            "openmeter.dedupe_window_days: should be greater than or equal to 0 (it is -1)",
         ),
         ("[openmeter.batch]\nmax_events = 0", "openmeter.batch.max_events: should be greater than 0 (it is 0)"),
         ("[openmeter.batch]\nmax_events = 10001", "openmeter.batch.max_events: should be less than or equal to 10000"),

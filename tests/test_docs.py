@@ -149,7 +149,7 @@ def test_the_readme_names_every_command_and_no_other() -> None:
 
 def test_every_command_of_the_readme_exists() -> None:
     """Every `metershipper COMMAND --option` anywhere in README has that command with that option."""
-    used = re.findall(r"metershipper (run|map|check|status|sandbox|demo)\b([^`|\n]*)", README)
+    used = re.findall(r"metershipper (run|replay|map|check|status|sandbox|demo)\b([^`|\n]*)", README)
     assert used
     for command, rest in used:
         options = {option for parameter in cli.commands[command].params for option in parameter.opts}

@@ -47,7 +47,7 @@ def test_rotated_files_that_are_not_read_are_named_once(
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert sorted(told) == [
         f"{tmp_path}/{name}: rotated before its log was first followed, so it is not read; "
-        "to bill it too, list it as an input"
+        "to bill it too, list it as an input, or `metershipper replay` it"
         for name in ("usage.log-20261121", "usage.log.1")
     ]
 

@@ -218,3 +218,13 @@ def test_a_newer_schema_is_refused(tmp_path: Path, read_only: bool) -> None:
     with pytest.raises(StateError, match="written by a newer metershipper"):
         Checkpoint(directory, read_only=read_only).__enter__()
     assert (directory / DATABASE_NAME).read_bytes() == data
+
+
+def test_what_an_older_run_read_counts_as_delivered_by_it_from_the_beginning(directory: Path) -> None:
+    """Schema 4 tells `run` and `replay` apart: what is there is of `run`, unfiltered, and being replayed by nobody."""
+    with Checkpoint(directory) as checkpoint:
+        assert {(f.origin, f.scope, f.replaying, f.start_offset) for f in checkpoint.files()} == {
+            ("run", None, None, 0)
+        }
+        with checkpoint.reading():
+            assert len(checkpoint.replays.about([HEAD], (0, 0))) == len(FILES)

@@ -233,6 +233,17 @@ field = "username"
         command = [sys.executable, "-m", "metershipper", *words, "-c", str(self.config)]
         return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_SECONDS)
 
+    @contextmanager
+    def replaying(self, *words: str) -> Iterator["subprocess.Popen[bytes]"]:
+        """`metershipper replay` as a process; it does not outlive the block."""
+        with self.errors.open("ab") as errors:
+            command = [sys.executable, "-m", "metershipper", "replay", "-c", str(self.config), *words]
+            with subprocess.Popen(command, stdout=errors, stderr=errors, env=self.environment) as process:
+                try:
+                    yield process
+                finally:
+                    process.kill()
+
     def configure(self, section: str, *lines: str) -> None:
         """Add lines to a section of the configuration."""
         text = self.config.read_text(encoding="utf-8")
