@@ -80,6 +80,7 @@ class _ArraySplitter:
         self._text = bytearray()  # from the beginning of the item that is not complete yet
         self._at = 0
         self._depth = 0
+        self._has_begun = False
         self._in_string = False
 
     @property
@@ -94,10 +95,12 @@ class _ArraySplitter:
         begin = 0
         while (mark := self._next_mark()) is not None:
             if mark in b"[{":
+                self._has_begun = True
                 self._depth += 1
                 begin = self._at if self._depth == 1 else begin
             elif self._depth == 1 and mark in b",]":
-                items.append(bytes(self._text[begin : self._at - 1]))
+                with memoryview(self._text) as text:  # an item may be large: it is copied once
+                    items.append(bytes(text[begin : self._at - 1]))
                 begin = self._at
                 self._depth -= mark == b"]"
             elif mark in b"]}":
@@ -108,7 +111,7 @@ class _ArraySplitter:
 
     def _next_mark(self) -> bytes | None:
         """The next bracket, or comma, outside of strings; None before there is one. Reading goes on behind it."""
-        while self._at < len(self._text) and (self._depth or not self._at):
+        while self._at < len(self._text) and (self._depth or not self._has_begun):
             found = (_MARK_IN_STRING if self._in_string else _MARK).search(self._text, self._at)
             if found is None:
                 self._at = len(self._text)

@@ -63,8 +63,12 @@ class Housekeeping:
     async def note_received(self) -> None:
         """Record what was counted since the last time. Raises sqlite3.OperationalError; then it is the next time."""
         if counted := Books(+self._received):
-            await asyncio.to_thread(self._checkpoint.count, counted)
-            self._received.subtract(counted)
+            self._received.subtract(counted)  # before: whoever cancels this does not stop the thread
+            try:
+                await asyncio.to_thread(self._checkpoint.count, counted)
+            except sqlite3.OperationalError:
+                self._received.update(counted)
+                raise
 
     async def _note_age(self) -> None:
         """Let `status` tell how long usage waits, once it waits for longer than delivery takes."""

@@ -30,10 +30,15 @@ _OTHER_DESCRIPTORS = 256
 KEEP_ALIVE_SECONDS = 75
 HEADER_SECONDS = 10.0
 BODY_SECONDS = 60.0
+# Longer than Kong waits for an answer; who does not read what is answered is cut off as well.
+ANSWER_SECONDS = 60.0
 HANDSHAKE_SECONDS = 10.0
+BACKLOG = 1024
+ACCEPT_AGAIN_SECONDS = 0.5
 MAX_HEADER_BYTES = 64 * 1024
 # How long requests that are complete may take to be answered when we stop.
 STOP_SECONDS = 3.0
+CANCEL_SECONDS = 0.5
 CERTIFICATE_LOOK_SECONDS = 60.0
 
 
@@ -92,6 +97,7 @@ class Connection(HttpToolsProtocol):
         self.is_known = False
         self._guests = guests
         self._counts = counts
+        self.arrival: Guest | None = None  # in whose place it comes
         self._deadline: asyncio.TimerHandle | None = None
         self._header_bytes: int | None = None  # None between the end of a header and the next request
 
@@ -99,6 +105,8 @@ class Connection(HttpToolsProtocol):
         """Wait for a request, if there is room."""
         super().connection_made(transport)
         self._set_deadline(HEADER_SECONDS)
+        if self.arrival is not None:
+            self._guests.leave(self.arrival)
         self._guests.enter(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -109,11 +117,11 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse what came; a header without end is cut off."""
-        super().data_received(data)
-        if self._header_bytes is not None:
+        if self._header_bytes is not None:  # not of the bytes in which it begins: the end of a body may be before it
             self._header_bytes += len(data)
-            if self._header_bytes > MAX_HEADER_BYTES:
-                self._cut_off(Received.TOO_SLOW)
+        super().data_received(data)
+        if self._header_bytes is not None and self._header_bytes > MAX_HEADER_BYTES:
+            self._cut_off(Received.TOO_SLOW)
 
     def on_message_begin(self) -> None:
         """A request begins."""
@@ -130,17 +138,18 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """The request is complete."""
         if self.cycle.response_complete:  # it was refused by its header
-            self._set_deadline(KEEP_ALIVE_SECONDS)
+            self._set_deadline(KEEP_ALIVE_SECONDS, None)
         else:
-            self._set_deadline(None)
+            self._set_deadline(ANSWER_SECONDS)
             self._guests.waits_for_us(self)
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """The request is answered; if it was refused by its header, the body may still come."""
-        self._guests.we_wait(self)
-        if not self.cycle.more_body:
-            self._set_deadline(KEEP_ALIVE_SECONDS)
+        if not self.pipeline:
+            self._guests.we_wait(self)
+            if not self.cycle.more_body:
+                self._set_deadline(KEEP_ALIVE_SECONDS, None)
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
@@ -152,13 +161,14 @@ class Connection(HttpToolsProtocol):
         """Make room for another connection."""
         self._cut_off(Received.CROWDED_OUT)
 
-    def _set_deadline(self, seconds: float | None) -> None:
+    def _set_deadline(self, seconds: float | None, reason: Received | None = Received.TOO_SLOW) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
-        self._deadline = None if seconds is None else self.loop.call_later(seconds, self._cut_off, Received.TOO_SLOW)
+        self._deadline = None if seconds is None else self.loop.call_later(seconds, self._cut_off, reason)
 
-    def _cut_off(self, reason: Received) -> None:
-        self._counts[reason] += 1
+    def _cut_off(self, reason: Received | None) -> None:
+        if reason is not None:
+            self._counts[reason] += 1
         self._guests.leave(self)
         self.transport.abort()
 
@@ -185,22 +195,87 @@ async def listening(settings: HttpLog, app: Callable[..., Any], counts: Books) -
     context = _tls_context(settings)
     state, guests = ServerState(), Guests(_max_connections())
     with _bound_socket(settings) as listener:
-        server = await asyncio.get_running_loop().create_server(
-            lambda: Connection(config, state, guests, counts),
-            sock=listener,
-            ssl=context,
-            ssl_handshake_timeout=HANDSHAKE_SECONDS if context else None,
-            backlog=1024,
-        )
-        renewing = asyncio.create_task(_renew_certificate(settings, context)) if context else None
+
+        def new_connection() -> Connection:
+            return Connection(config, state, guests, counts)
+
+        tasks: list[asyncio.Task[None]] = []
+        server = None
+        if context is None:
+            server = await asyncio.get_running_loop().create_server(new_connection, sock=listener, backlog=BACKLOG)
+        else:
+            listener.listen(BACKLOG)
+            tasks.append(asyncio.create_task(_accept(listener, context, new_connection, guests, counts)))
+            tasks.append(asyncio.create_task(_renew_certificate(settings, context)))
         try:
             host, port = settings.address[0], listener.getsockname()[1]
             yield f"{'https' if context else 'http'}://{f'[{host}]' if ':' in host else host}:{port}{settings.path}"
         finally:
-            if renewing:
-                renewing.cancel()
-            server.close()
+            for task in tasks:
+                task.cancel()
+            if server is not None:
+                server.close()
             await _end(state)
+
+
+async def _accept(
+    listener: socket.socket,
+    context: ssl.SSLContext,
+    new_connection: Callable[[], Connection],
+    guests: Guests,
+    counts: Books,
+) -> None:
+    """Let in who comes over TLS, until cancelled."""
+    arrivals: set[_Arrival] = set()
+    try:
+        while True:
+            try:
+                accepted, _ = await asyncio.get_running_loop().sock_accept(listener)
+            except OSError as error:
+                log.error("connections can't be accepted (%s); trying again", error.strerror)
+                await asyncio.sleep(ACCEPT_AGAIN_SECONDS)
+                continue
+            arrival = _Arrival(guests, counts)
+            arrivals.add(arrival)
+            arrival.task = asyncio.create_task(arrival.shake_hands(accepted, context, new_connection))
+            arrival.task.add_done_callback(lambda _, arrival=arrival: arrivals.discard(arrival))  # type: ignore[misc]
+            guests.enter(arrival)
+    finally:
+        for arrival in arrivals:
+            arrival.task.cancel()
+
+
+class _Arrival:
+    """A connection during its TLS handshake: uvicorn does not know it yet, but it counts among the strangers."""
+
+    is_known = False
+    task: "asyncio.Task[None]"
+
+    def __init__(self, guests: Guests, counts: Books) -> None:
+        self._guests = guests
+        self._counts = counts
+
+    async def shake_hands(
+        self, accepted: socket.socket, context: ssl.SSLContext, new_connection: Callable[[], Connection]
+    ) -> None:
+        """To the end of the handshake, or of the connection."""
+
+        def connection() -> Connection:
+            made = new_connection()
+            made.arrival = self
+            return made
+
+        with suppress(OSError):  # no handshake; ssl.SSLError is one, and TimeoutError
+            await asyncio.get_running_loop().connect_accepted_socket(
+                connection, accepted, ssl=context, ssl_handshake_timeout=HANDSHAKE_SECONDS
+            )
+        self._guests.leave(self)
+
+    def crowd_out(self) -> None:
+        """Make room for another connection."""
+        self._counts[Received.CROWDED_OUT] += 1
+        self._guests.leave(self)
+        self.task.cancel()
 
 
 async def _end(state: ServerState) -> None:
@@ -208,11 +283,13 @@ async def _end(state: ServerState) -> None:
         connection.shutdown()
     if state.tasks:
         await asyncio.wait(state.tasks, timeout=STOP_SECONDS)
-    for task in state.tasks:
-        task.cancel()
     for connection in list(state.connections):
         with suppress(AttributeError):  # of a connection that has just ended
             connection.transport.abort()
+    if state.tasks:  # who still waits for a body learns that it does not come
+        await asyncio.wait(state.tasks, timeout=CANCEL_SECONDS)
+    for task in list(state.tasks):
+        task.cancel()
 
 
 def _max_connections() -> int:
@@ -237,8 +314,9 @@ def _bound_socket(settings: HttpLog) -> socket.socket:
         except OSError:
             listener.close()
             raise
-    except OSError as error:
-        raise ConfigError(f"inputs.http_log.listen: {settings.listen} can't be used: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # a name that can't be one is no OSError
+        reason = error.strerror if isinstance(error, OSError) else "not a name"
+        raise ConfigError(f"inputs.http_log.listen: {settings.listen} can't be used: {reason}") from None
     listener.setblocking(False)
     return listener
 

@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager, contextmanager
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from metershipper.archive import Compression, Damaged, Unpacker
+from metershipper.archive import MAGIC_BYTES, Damaged, Unpacker, compression_of
 from metershipper.bodies import Body, Line
 from metershipper.books import Books, Received
 from metershipper.config import HttpLog
@@ -29,15 +29,20 @@ from metershipper.spool import NoRoom, Stored
 
 log = logging.getLogger("metershipper.receiver")
 
-# Bodies that are on their way, all together: beyond this those that came later wait.
+# Bodies that are on their way, all together: beyond this those that came later wait, but for small ones: whoever stalls
+# in the middle of a large body does not make others wait for its deadline.
 MEMORY_BYTES = 32 * 1024 * 1024
+SMALL_BYTES = 64 * 1024
+# So many entries are stored at once; what others send is stored between.
+STORED_AT_ONCE = 10_000
 RETRY_AFTER_SECONDS = 5
 # The same trouble is repeated in the log at most this often.
 REPEAT_LOG_SECONDS = 30.0
 # A wrong token is a reason to look whether it was replaced, but not for every request of a flood.
 TOKEN_LOOK_SECONDS = 1.0
+# So much of a body is looked through in one go; others are served between.
+SLICE_BYTES = 256 * 1024
 
-_COMPRESSIONS: dict[bytes, Compression] = {b"gzip": "gzip", b"x-gzip": "gzip", b"zstd": "zstd"}
 _ACCEPTED = Response(status_code=200)
 _WORDS = {
     Received.UNAUTHORIZED: "requests without the right token (401): Kong's http-log needs it in `headers`, as "
@@ -131,8 +136,7 @@ class Receiver:
 
     async def _take_in(self, scope: Scope, receive: Receive) -> Response | None:
         """Store the entries of a request; None when its sender went away."""
-        compression = _COMPRESSIONS.get(_header(scope, b"content-encoding").strip().lower())
-        unpacked = _Unpacked(compression)
+        unpacked = _Unpacked()
         body = Body()
         repeats = length = 0
         try:
@@ -144,14 +148,13 @@ class Receiver:
                         self.counts[Received.BROKEN_OFF] += 1
                         return None
                     more = message.get("more_body", False)
-                    for piece in unpacked.feed(message.get("body", b"")):
+                    for piece in unpacked.feed(message.get("body", b""), more):
                         length += len(piece)
                         if length > self._settings.max_body_bytes:
                             return self._too_large()
-                        if lines := body.add(piece):
-                            repeats += (await self._store(lines)).repeats
+                        repeats += await self._keep(body.add(piece))
                         await self._memory.hold(claim, body.held_bytes)
-                repeats += (await self._store(body.end())).repeats
+                repeats += await self._keep(body.end())
         except NoRoom as full:
             return self._refuse(Received.NO_ROOM, 503, str(full), {"Retry-After": str(RETRY_AFTER_SECONDS)})
         self.counts[Received.REQUESTS] += 1
@@ -159,17 +162,38 @@ class Receiver:
         scope["state"]["connection"].is_known = True
         return _ACCEPTED
 
+    async def _keep(self, lines: Sequence[Line]) -> int:
+        """Store lines; how many of them were repeats. Raises NoRoom; then some may be stored, and be repeats later."""
+        repeats = 0
+        for begin in range(0, len(lines), STORED_AT_ONCE):
+            repeats += (await self._store(lines[begin : begin + STORED_AT_ONCE])).repeats
+        return repeats
+
 
 class _Unpacked:
-    """A body as it is meant: unpacked, where it is compressed. From where it does not unpack on, it is taken as it is:
-    what can't be understood is kept as a dead letter.
+    """A body as it is meant: unpacked, where it is compressed. That is told by how it begins, not by Content-Encoding,
+    which may be false. From where it does not unpack on, it is taken as it is: what can't be understood is kept as a
+    dead letter.
     """
 
-    def __init__(self, compression: Compression | None) -> None:
-        self._unpacker = Unpacker(compression) if compression else None
+    def __init__(self) -> None:
+        self._beginning: bytes | None = b""  # until there is enough of it
+        self._unpacker: Unpacker | None = None
 
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """What the next piece is."""
+    def feed(self, data: bytes, more: bool) -> Iterator[bytes]:
+        """What the next piece is, in slices."""
+        if self._beginning is not None:
+            data = self._beginning + data
+            self._beginning = data if more and len(data) < MAGIC_BYTES else None
+            if self._beginning is not None:
+                return
+            compression = compression_of(data[:MAGIC_BYTES])
+            self._unpacker = Unpacker(compression) if compression else None
+        for piece in self._unpacked(data):
+            for begin in range(0, len(piece), SLICE_BYTES):
+                yield piece[begin : begin + SLICE_BYTES]
+
+    def _unpacked(self, data: bytes) -> Iterator[bytes]:
         if self._unpacker is None:
             yield data
             return
@@ -181,7 +205,9 @@ class _Unpacked:
 
 
 class Memory:
-    """What requests hold of their bodies, all together. Who would go beyond the limit waits, but for who came first."""
+    """What requests hold of their bodies, all together. Who would go beyond the limit waits, but for who came first and
+    who holds little.
+    """
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
@@ -202,8 +228,13 @@ class Memory:
 
     async def hold(self, claim: object, held_bytes: int) -> None:
         """The request holds so many bytes now; returns when it may hold more."""
-        self._total_bytes += held_bytes - self._held[claim]
+        growth = held_bytes - self._held[claim]
+        self._total_bytes += growth
         self._held[claim] = held_bytes
+        if growth < 0:
+            self._free()
+        if held_bytes <= SMALL_BYTES:
+            return
         while self._total_bytes > self._limit_bytes and next(iter(self._held)) is not claim:
             await self._freed.wait()
 

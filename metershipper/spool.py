@@ -8,6 +8,7 @@ Never looks into a line and never moves a position: to the checkpoint the spool 
 import asyncio
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from metershipper.bodies import Line
-from metershipper.content import Content
+from metershipper.content import BLOCK_BYTES, Content
 from metershipper.followed import Block, FollowedFile
 from metershipper.records import Gap, Identity, Lost, Sample
 from metershipper.repeats import DIGEST_BYTES, Repeats, digest_of
@@ -27,6 +28,7 @@ log = logging.getLogger("metershipper.spool")
 
 SPOOL_DIRECTORY = "spool"
 _DIGESTS_PREFIX = "repeats-"
+_DIGESTS_NAME = re.compile(re.escape(_DIGESTS_PREFIX) + "[0-9]{12}")
 # From here on it is told that the spool fills up; and again after it was below.
 WARN_SHARE = 0.8
 
@@ -72,6 +74,7 @@ class Spool:
         self._max_line_bytes = max_line_bytes
         self._segments = Segments(self._directory, max_bytes)
         self._repeats = Repeats(repeat_window_seconds)
+        self._settled_position = 0
         self._warned = False
 
     @staticmethod
@@ -84,6 +87,8 @@ class Spool:
         self.file_id, position = self._registry.spool()
         self._segments.open(position or 0)
         self._read_digests()
+        self._read_last_segment()
+        self.settled(position or 0)  # a crash may have come before it was deleted
         start = self._segments.start if position is None else position
         path = str(self._directory)
         self._file = FollowedFile(self.file_id, path, _Stream(self._segments), start, b"", Sample(), format="ndjson")
@@ -105,9 +110,9 @@ class Spool:
         for lines in requests:
             new, digests = self._without_repeats(lines, now)
             part = b"\n".join([*new, b""])
-            if part and not self._segments.has_room(room_taken + len(part)):
+            if part and (fault := self._fault_of(room_taken + len(part))):
                 self._forget(digests)
-                results.append(NoRoom(f"the spool holds inputs.http_log.spool_max_bytes = {self._max_bytes}"))
+                results.append(NoRoom(fault))
                 continue
             room_taken += len(part)
             parts.append(part)
@@ -118,11 +123,18 @@ class Spool:
                 self._segments.append(parts)
             except OSError as error:
                 self._forget(added)
-                fault = NoRoom(f"the spool can't be written: {error.strerror}")
-                return [result if result == Stored(0, 0) else fault for result in results]
+                self.settled(self._settled_position)  # what stayed because it was being written to: that is room
+                failed = NoRoom(f"the spool can't be written: {error.strerror}")
+                return [result if result == Stored(0, 0) else failed for result in results]
             self._keep_digests(added)
         self._tell_fill()
         return results
+
+    def _fault_of(self, length: int) -> str | None:
+        try:
+            return self._segments.fault_of(length)
+        except OSError as error:
+            return f"the spool can't be looked at: {error.strerror}"
 
     def _without_repeats(self, lines: Sequence[Line], now: float) -> tuple[list[Line], list[tuple[int, bytes]]]:
         """The lines that were not received before, and the digest of each with the number of its table."""
@@ -154,7 +166,7 @@ class Spool:
         self._warned = share >= WARN_SHARE
 
     # Digests, for the time after a restart. Written after the entries are durable, and not synced: what is lost of them
-    # lets a repeat pass, which the server knows by its id.
+    # beyond the last segment lets a repeat pass, which the server knows by its id.
 
     def _keep_digests(self, added: list[tuple[int, bytes]]) -> None:
         for number, digests in groupby(added, key=lambda each: each[0]):
@@ -173,18 +185,36 @@ class Spool:
 
     def _remove_digests(self, numbers: Sequence[int]) -> None:
         for number in numbers:
-            self._digests_path(number).unlink(missing_ok=True)
+            try:
+                self._digests_path(number).unlink(missing_ok=True)
+            except OSError as error:  # the next start tries again
+                log.warning("%s: can't be deleted (%s)", self._digests_path(number), error.strerror)
 
     def _read_digests(self) -> None:
-        for path in sorted(self._directory.glob(f"{_DIGESTS_PREFIX}[0-9]*")):
+        for path in sorted(path for path in self._directory.iterdir() if _DIGESTS_NAME.fullmatch(path.name)):
             number = int(path.name.removeprefix(_DIGESTS_PREFIX))
             written_at = path.stat().st_mtime
-            if not 0 <= time.time() - written_at <= self._repeats.window_seconds:
+            if not self._is_within_window(written_at):
                 path.unlink()
                 continue
             data = path.read_bytes()
             ends = range(DIGEST_BYTES, len(data) + 1, DIGEST_BYTES)  # the last one may be torn
             self._repeats.restore(number, [data[end - DIGEST_BYTES : end] for end in ends], written_at)
+
+    def _read_last_segment(self) -> None:
+        """The digests of what was stored just before a crash, which there was no time to write."""
+        segment = self._segments.last
+        if segment is None or not self._is_within_window(segment.path.stat().st_mtime):
+            return
+        now = time.time()
+        self._remove_digests(self._repeats.expire(now))
+        with segment.path.open("rb") as file:
+            while lines := file.readlines(BLOCK_BYTES):
+                _, digests = self._without_repeats([line.removesuffix(b"\n") for line in lines], now)
+                self._keep_digests(digests)
+
+    def _is_within_window(self, written_at: float) -> bool:
+        return 0 <= time.time() - written_at <= self._repeats.window_seconds
 
     # Reading
 
@@ -207,6 +237,7 @@ class Spool:
 
     def settled(self, position: int) -> None:
         """Everything before `position` is in the checkpoint: delete what is not needed any more."""
+        self._settled_position = max(position, self._settled_position)
         try:
             self._segments.release(position)
         except OSError as error:

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import itertools
 import struct
 import tracemalloc
 import zlib
@@ -13,7 +14,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metershipper.archive import MAGIC_BYTES, Compression, Damaged, compression_of, unpack
+from metershipper.archive import MAGIC_BYTES, Compression, Damaged, Unpacker, compression_of, unpack
 
 MIB = 1024 * 1024
 CONTENT = b"".join(b'{"number":%d,"digest":"%08x"}\n' % (n, zlib.crc32(b"%d" % n)) for n in range(300))
@@ -220,3 +221,66 @@ def test_a_file_whose_reading_fails_is_not_damaged() -> None:
 
     with pytest.raises(OSError, match="Input/output error"):
         list(unpack(Failing(gzipped(CONTENT)), "gzip"))
+
+
+# --- what comes bit by bit, as a request does
+
+
+def unpacked_in_pieces(data: bytes, kind: Compression, sizes: list[int]) -> tuple[bytes, str | None]:
+    """What comes out of data that comes in pieces of these sizes, again and again, and why no more does."""
+    unpacker, found, position = Unpacker(kind), bytearray(), 0
+    try:
+        for size in itertools.cycle(sizes):
+            for piece in unpacker.feed(data[position : position + size]):
+                found += piece
+            position += size
+            if position >= len(data):
+                break
+        unpacker.end()
+    except Damaged as damaged:
+        return bytes(found), str(damaged)
+    return bytes(found), None
+
+
+@both
+@given(parts=st.lists(st.binary(max_size=200), min_size=1, max_size=3), sizes=st.lists(st.integers(1, 50), min_size=1))
+def test_pieces_of_any_size_give_the_same(kind: Compression, parts: list[bytes], sizes: list[int]) -> None:
+    packed = b"".join(map(COMPRESS[kind], parts))
+    assert unpacked_in_pieces(packed, kind, sizes) == unpacked_in_pieces(packed, kind, [1]) == (b"".join(parts), None)
+
+
+@both
+@given(end=st.integers(0, 400), sizes=st.lists(st.integers(1, 50), min_size=1))
+def test_pieces_of_something_that_ends_too_early_give_what_unpacks(
+    kind: Compression, end: int, sizes: list[int]
+) -> None:
+    packed = COMPRESS[kind](CONTENT)
+    found, problem = unpacked_in_pieces(packed[:end], kind, sizes)
+    assert CONTENT.startswith(found)
+    assert (problem is None) == (end in (0, len(packed)))
+    assert found == unpacked(packed[:end], kind)[0]
+
+
+@given(at=st.integers(20, 800), sizes=st.lists(st.integers(1, 50), min_size=1))
+def test_pieces_of_something_damaged_give_what_stands_before(at: int, sizes: list[int]) -> None:
+    packed = bytearray(gzipped(CONTENT))
+    packed[at] ^= 0xFF
+    found, problem = unpacked_in_pieces(bytes(packed), "gzip", sizes)
+    assert found.startswith(unpacked(bytes(packed[:at]), "gzip")[0])
+    assert problem is not None
+
+
+def test_nuls_at_the_end_are_padding_however_they_come() -> None:
+    """But not in the place of the first member."""
+    packed = gzipped(CONTENT) + bytes(100) + gzipped(b"more") + bytes(7)
+    for size in (1, 3, 1000):
+        assert unpacked_in_pieces(packed, "gzip", [size]) == (CONTENT + b"more", None)
+    assert unpacked_in_pieces(bytes(5), "gzip", [1])[1] is not None
+
+
+def test_of_a_bomb_only_a_step_is_unpacked_at_once() -> None:
+    """(case 58)"""
+    for kind, packed in (("gzip", gzipped(bytes(64 * MIB))), ("zstd", zstandardised(bytes(64 * MIB)))):
+        pieces = list(map(len, Unpacker(kind).feed(packed)))  # type: ignore[arg-type]
+        assert sum(pieces) == 64 * MIB
+        assert max(pieces) <= 16 * MIB + 128 * 1024

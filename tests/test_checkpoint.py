@@ -6,13 +6,14 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from metershipper.books import Books, Count, Dead
+from metershipper.books import Books, Count, Dead, Received
 from metershipper.checkpoint import DATABASE_NAME, Checkpoint
 from metershipper.errors import StateError
 from metershipper.events import DeadLetter
@@ -101,6 +102,40 @@ def test_inputs_are_remembered_once(checkpoint: Checkpoint) -> None:
     checkpoint.register([], ["/a", "/b"])
     assert checkpoint.register([], ["/b", "/c"]) == []
     assert checkpoint.inputs() == {"/a", "/b", "/c"}
+
+
+def test_the_spool_is_one_file_that_nobody_sees_as_a_log(directory: Path) -> None:
+    """Its position is committed as that of any file; before the first commit it has none (case 54)."""
+    with Checkpoint(directory) as checkpoint:
+        (log,) = checkpoint.register([new(1)])
+        spool, position = checkpoint.spool()
+        assert position is None
+        assert checkpoint.spool() == (spool, None)
+        checkpoint.commit([settled(spool, 0, 1)])
+        assert checkpoint.spool() == (spool, 0)
+        checkpoint.commit([settled(spool, 90, 2), settled(log, 7, 1)])
+    with Checkpoint(directory) as checkpoint:
+        assert checkpoint.spool() == (spool, 90)
+        assert [file.file_id for file in checkpoint.files()] == [log]
+        assert checkpoint.books()[Count.LINES] == 4
+
+
+def test_the_spool_is_never_forgotten(directory: Path, checkpoint: Checkpoint) -> None:
+    """However long nothing came: its position would be given to other lines."""
+    (log,) = checkpoint.register([new(1)])
+    spool, _ = checkpoint.spool()
+    checkpoint.commit([settled(spool, 90, 2)])
+    assert checkpoint.forget([], time.time() + 1000 * DAY) == [log]
+    assert checkpoint.spool() == (spool, 90)
+
+
+def test_what_belongs_to_no_file_is_counted(directory: Path) -> None:
+    with Checkpoint(directory) as checkpoint:
+        checkpoint.count(Books({Received.REQUESTS: 2, Received.REPEATS: 0}))
+        checkpoint.count(Books({Received.REQUESTS: 3, Received.NO_ROOM: 1}))
+    with Checkpoint(directory) as checkpoint:
+        assert checkpoint.books() == Books({Received.REQUESTS: 5, Received.NO_ROOM: 1})
+        assert checkpoint.books().balanced
 
 
 def test_other_content_leaves_the_place_of_a_file_to_its_successor(checkpoint: Checkpoint) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from pydantic import BaseModel, SecretStr
 
-from metershipper.config import NOT_YET, Config, FileInput, endpoint_of, load_config, require_for_run
+from metershipper.config import NOT_YET, Config, FileInput, HttpLog, endpoint_of, load_config, require_for_run
 from metershipper.errors import ConfigError
 from metershipper.metering import BUILT_IN, Attribute
 
@@ -114,7 +114,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
             "batch": {"max_events": 500, "max_bytes": 1_000_000, "max_wait_seconds": 1.0},
             "retry": {"initial_delay_seconds": 0.5, "max_delay_seconds": 60.0},
         },
-        "inputs": {"files": [], "max_line_bytes": 16 * 1024 * 1024},
+        "inputs": {"files": [], "http_log": None, "max_line_bytes": 16 * 1024 * 1024},
         "state": {"directory": "/var/lib/metershipper"},
         "metering": {
             "source": "kong",
@@ -299,7 +299,9 @@ def test_kubernetes_service_variables_of_our_name_do_not_disturb(monkeypatch: py
         ),
         ("METERING__PATHS", '["llm"]', "metering.paths: 'llm' is no path; a prefix begins with /"),
         ("OPENMETER__SSL_VERIFY", "maybe", "openmeter.ssl_verify: should be a valid boolean"),
-        ("INPUTS__HTTP_LOG__LISTEN", "x", f"inputs.http_log: {NOT_YET['inputs.http_log']}"),
+        ("INPUTS__HTTP_LOG__LISTEN", "x", "inputs.http_log.listen: not HOST:PORT, for instance 127.0.0.1:8090"),
+        ("INPUTS__HTTP_LOG__TOKEN", SECRET, "inputs.http_log.token: unknown key; did you mean token_file?"),
+        ("INPUTS__HTTP_LOG__MAX_BODY_BYTES", "1", "inputs.http_log.max_body_bytes: should be greater than or equal to"),
     ],
 )
 def test_a_mistake_in_the_environment_names_the_variable_and_not_the_file(
@@ -684,13 +686,142 @@ def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
     assert refusal(path) == f"{path}: not UTF-8 text; a configuration is TOML"
 
 
+# --- the receiver (case 61)
+
+
+HTTP_LOG = "[inputs.http_log]\n"
+LISTEN_PROBLEM = "inputs.http_log.listen: not HOST:PORT, for instance 127.0.0.1:8090, 0.0.0.0:8090 or [::1]:8090"
+REACHABLE = (
+    "inputs.http_log: listen {} is reachable by others, who could send usage that never was: set token_file, or "
+    "client_ca_file with cert_file and key_file; or listen on 127.0.0.1"
+)
+
+
+@pytest.mark.parametrize(
+    ("toml", "problem"),
+    [
+        *(
+            (f'listen = "{listen}"', LISTEN_PROBLEM)
+            for listen in (
+                *("", "8090", ":8090", "127.0.0.1", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:65536", "127.0.0.1:-1"),
+                *("::1:8090", "[::1:8090", "::1]:8090", "[127.0.0.1]:8090", "127.0.0.1:٣", "http://127.0.0.1:8090/"),
+            )
+        ),
+        *(
+            (f'path = "{path}"', 'inputs.http_log.path: not a path of a URL, such as "/" or "/kong"')
+            for path in ("", "kong", "/kong?x", "/k ong", "/kong#", "/{id}", "/%20", "/kong\\n")
+        ),
+        *(
+            (f'listen = "{listen}"', REACHABLE.format(listen))
+            for listen in ("0.0.0.0:8090", "[::]:8090", "192.0.2.1:80", "kong.example:80", "[::ffff:127.0.0.1]:80")
+        ),
+        ('cert_file = "c"', "inputs.http_log: cert_file and key_file belong together; set both or none"),
+        ('key_file = "k"', "inputs.http_log: cert_file and key_file belong together; set both or none"),
+        (
+            'client_ca_file = "ca"',
+            "inputs.http_log: client_ca_file asks clients for certificates, which needs cert_file and key_file",
+        ),
+        (
+            'listen = "0.0.0.0:1"\ncert_file = "c"\nkey_file = "k"',  # encrypted, but anybody's
+            REACHABLE.format("0.0.0.0:1"),
+        ),
+        ('token_file = ""', "inputs.http_log.token_file: should be a path: text that is not empty and holds no NUL"),
+        (
+            "max_body_bytes = 1023",
+            "inputs.http_log.max_body_bytes: should be greater than or equal to 1024 (it is 1023)",
+        ),
+        ("max_body_bytes = 1073741825", "inputs.http_log.max_body_bytes: should be less than or equal to 1073741824"),
+        ("spool_max_bytes = 1000", "inputs.http_log.spool_max_bytes: should be greater than or equal to 1024"),
+        (
+            "spool_max_bytes = 67108863",
+            "inputs.http_log: spool_max_bytes is below max_body_bytes: a large body would never be accepted",
+        ),
+        ("repeat_window_seconds = -1", "inputs.http_log.repeat_window_seconds: should be greater than or equal to 0"),
+        (
+            "repeat_window_seconds = 86401",
+            "inputs.http_log.repeat_window_seconds: should be less than or equal to 86400",
+        ),
+        ("repeat_window_seconds = nan", "inputs.http_log.repeat_window_seconds: should be a finite number"),
+        ('listen_on = ""', "inputs.http_log.listen_on: unknown key; did you mean listen?"),
+    ],
+)
+def test_a_receiver_that_could_not_work_or_is_open_to_others_is_refused(
+    toml: str, problem: str, tmp_path: Path
+) -> None:
+    assert refusal_of(tmp_path, HTTP_LOG + toml).startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("toml", "address"),
+    [
+        ("", ("127.0.0.1", 8090)),
+        ('listen = "127.0.0.1:0"', ("127.0.0.1", 0)),
+        ('listen = "127.255.255.254:65535"', ("127.255.255.254", 65535)),
+        ('listen = "[::1]:8090"', ("::1", 8090)),
+        ('listen = "localhost:8090"', ("localhost", 8090)),
+        ('listen = "0.0.0.0:8090"\ntoken_file = "t"', ("0.0.0.0", 8090)),
+        ('listen = "[::]:8090"\ncert_file = "c"\nkey_file = "k"\nclient_ca_file = "ca"', ("::", 8090)),
+        ("max_body_bytes = 1024\nspool_max_bytes = 1024", ("127.0.0.1", 8090)),
+        ("repeat_window_seconds = 0", ("127.0.0.1", 8090)),
+    ],
+)
+def test_a_receiver_for_this_machine_alone_or_with_credentials_is_fine(
+    toml: str, address: tuple[str, int], tmp_path: Path
+) -> None:
+    config = load_config(write(tmp_path, f'{HTTP_LOG}{toml}\n[openmeter]\ningest_endpoint = "{URL}"'))
+    require_for_run(config, "config.toml")  # an input of its own
+    assert config.inputs.http_log is not None
+    assert config.inputs.http_log.address == address
+
+
+def test_the_receiver_has_safe_defaults(tmp_path: Path) -> None:
+    assert load_config(None).inputs.http_log is None  # without its section nothing is received
+    http_log = load_config(write(tmp_path, HTTP_LOG)).inputs.http_log
+    assert http_log is not None
+    assert http_log.model_dump(mode="json") == {
+        "listen": "127.0.0.1:8090",
+        "path": "/",
+        "token_file": None,
+        "cert_file": None,
+        "key_file": None,
+        "client_ca_file": None,
+        "max_body_bytes": 64 * 1024 * 1024,
+        "spool_max_bytes": 1024 * 1024 * 1024,
+        "repeat_window_seconds": 900.0,
+    }
+
+
+def test_the_receiver_by_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "LISTEN": "0.0.0.0:9000",
+        "PATH": "/kong",
+        "TOKEN_FILE": "/run/secrets/kong",
+        "MAX_BODY_BYTES": "2048",
+        "SPOOL_MAX_BYTES": "4096",
+        "REPEAT_WINDOW_SECONDS": "60",
+    }.items():
+        monkeypatch.setenv(f"METERSHIPPER_INPUTS__HTTP_LOG__{name}", value)
+    assert load_config(None).inputs.http_log == HttpLog(
+        listen="0.0.0.0:9000",
+        path="/kong",
+        token_file=Path("/run/secrets/kong"),
+        max_body_bytes=2048,
+        spool_max_bytes=4096,
+        repeat_window_seconds=60,
+    )
+
+
+def test_a_receiver_by_environment_that_is_open_to_others_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METERSHIPPER_INPUTS__HTTP_LOG__LISTEN", "0.0.0.0:8090")
+    assert REACHABLE.format("0.0.0.0:8090") in refusal(None)
+
+
 # --- what this version does not serve, and what a run needs
 
 
 @pytest.mark.parametrize(
     ("key", "toml"),
     [
-        ("inputs.http_log", '[inputs.http_log]\nlisten = "127.0.0.1:8090"'),
         ("admin", '[admin]\nlisten = "127.0.0.1:9464"'),
     ],
 )

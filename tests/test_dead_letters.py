@@ -4,6 +4,8 @@
 
 import asyncio
 import logging
+import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 
 from metershipper import dead_letter_commands, dead_letters
 from metershipper.batcher import Batch
-from metershipper.books import Books, Count, Dead
+from metershipper.books import Books, Count, Dead, Received
 from metershipper.checkpoint import Checkpoint
 from metershipper.config import Batch as BatchSettings
 from metershipper.config import Config, OpenMeter, Retry, State
@@ -306,6 +308,78 @@ def test_how_long_usage_waits_is_noted_when_it_changes(checkpoint: Checkpoint) -
     assert (none, short, over) == (None, None, [None, None])
     assert long is not None and shorter is not None
     assert long == same and abs(now - 60 - long) < 5 and abs(now - 30 - shorter) < 5
+
+
+def housekeeping(checkpoint: Checkpoint, received: Books) -> Housekeeping:
+    async def put(_: Batch) -> None:
+        raise AssertionError
+
+    return Housekeeping(checkpoint, Redelivery(checkpoint, WITHOUT_TOKENS, BatchSettings(), put), lambda: 0.0, received)
+
+
+def test_what_the_receiver_counts_is_moved_to_the_books(checkpoint: Checkpoint) -> None:
+    received = Books()
+    keeper = housekeeping(checkpoint, received)
+
+    async def run() -> None:
+        await keeper.note_received()
+        assert checkpoint.books() == Books()
+        for _ in range(2):
+            received.update({Received.REQUESTS: 2, Received.REPEATS: 0, Received.NO_ROOM: 1})
+            await keeper.note_received()
+            await keeper.note_received()
+
+    asyncio.run(run())
+    assert checkpoint.books() == Books({Received.REQUESTS: 4, Received.NO_ROOM: 2})
+    assert +received == Books()
+
+
+def test_what_could_not_be_noted_is_noted_the_next_time(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is counted meanwhile with it (case 60)."""
+    received = Books({Received.REQUESTS: 2})
+    keeper = housekeeping(checkpoint, received)
+
+    def count(_: Books) -> None:
+        received[Received.REQUESTS] += 3
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "count", count)
+        with pytest.raises(sqlite3.OperationalError):
+            asyncio.run(keeper.note_received())
+    assert received[Received.REQUESTS] == 5
+    asyncio.run(keeper.note_received())
+    assert checkpoint.books()[Received.REQUESTS] == 5
+
+
+def test_what_is_noted_while_housekeeping_ends_is_noted_once(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that writes it goes on."""
+    received = Books({Received.REQUESTS: 2})
+    keeper = housekeeping(checkpoint, received)
+    began, go_on = threading.Event(), threading.Event()
+    count = checkpoint.count
+
+    def slow_count(books: Books) -> None:
+        began.set()
+        assert go_on.wait(10)
+        count(books)
+
+    async def run() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "count", slow_count)
+            noting = asyncio.create_task(keeper.note_received())
+            await asyncio.to_thread(began.wait, 10)
+            noting.cancel()
+            await asyncio.wait({noting})
+            go_on.set()
+        await keeper.note_received()
+
+    asyncio.run(run())  # which waits for its threads
+    assert checkpoint.books()[Received.REQUESTS] == 2
 
 
 # --- the commands, where things do not go as wished

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import resource
 import sqlite3
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from metershipper import followed
 from metershipper.checkpoint import DATABASE_NAME, Checkpoint
 from metershipper.config import FileInput
 from metershipper.errors import StateError
@@ -296,3 +298,74 @@ def test_no_descriptor_is_left_behind(site: Site) -> None:
     asyncio.run(follow())
     site.files.close()
     assert len(os.listdir("/proc/self/fd")) <= before + 2  # the database's write-ahead log and its index
+
+
+# Two sources: the files, and the spool
+
+
+class Source:
+    """In the place of the spool: some blocks, then whatever the test puts in."""
+
+    def __init__(self, *blocks: Block | OSError) -> None:
+        self.blocks = list(blocks)
+
+    def next_block(self) -> Block | None:
+        block = self.blocks.pop(0) if self.blocks else None
+        if isinstance(block, OSError):
+            raise block
+        return block
+
+
+def block_of(data: bytes) -> Block:
+    return Block(99, 0, len(data), data, data[-256:], format="ndjson")
+
+
+def test_files_and_spool_are_read_in_turn(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backlog in one of them makes the other one wait for one block, and no more."""
+    monkeypatch.setattr(followed, "BLOCK_BYTES", 4)
+    site.append(b"f1\nf2\nf3\nf4\n")
+    spool = Source(*(block_of(b"s%d\n" % number) for number in range(3)))
+
+    async def follow() -> list[bytes]:
+        tailer = Tailer(site.files, spool)
+        await tailer.start()
+        return [await next_data(tailer) for _ in range(7)]
+
+    found = asyncio.run(follow())
+    assert sorted(found) == [b"f1\n", b"f2\n", b"f3\n", b"f4\n", b"s0\n", b"s1\n", b"s2\n"]
+    assert [data[:1] for data in found[:6]] in ([b"f", b"s"] * 3, [b"s", b"f"] * 3)
+
+
+def test_who_stores_wakes_the_reader(site: Site) -> None:
+    spool = Source()
+
+    async def follow() -> None:
+        tailer = Tailer(site.files, spool, poll_seconds=NEVER_SECONDS)
+        await tailer.start()
+        reading = asyncio.create_task(tailer.next_block(NEVER_SECONDS))
+        await asyncio.sleep(0.01)
+        spool.blocks.append(block_of(b"1\n"))
+        tailer.wake()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            block = await reading
+        assert block is not None
+        assert block.data == b"1\n"
+
+    asyncio.run(follow())
+
+
+def test_a_spool_that_can_not_be_read_is_told_and_files_are_still_read(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    """(case 60)"""
+    site.append(b"f\n")
+    spool = Source(*(OSError(errno.EIO, "Input/output error") for _ in range(2)), block_of(b"s\n"))
+
+    async def follow() -> set[bytes]:
+        tailer = Tailer(site.files, spool, poll_seconds=0.001)
+        await tailer.start()
+        async with looking_around(tailer):
+            return {await next_data(tailer) for _ in range(2)}
+
+    assert asyncio.run(follow()) == {b"f\n", b"s\n"}
+    assert caplog.messages == ["the spool can't be read (Input/output error); nothing is lost, trying again"] * 2

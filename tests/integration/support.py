@@ -3,7 +3,10 @@
 import asyncio
 import os
 import random
+import re
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -16,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 import orjson
+import trustme
 
 from metershipper.books import Books, Count
 from metershipper.checkpoint import Checkpoint
@@ -91,6 +95,7 @@ class FaultyEndpoint:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.answering.set()  # or a failed test would never end
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(DEADLINE_SECONDS)
         self._loop.close()
@@ -215,6 +220,34 @@ field = "username"
                 finally:
                     process.kill()
 
+    @contextmanager
+    def receiving(self, *options: str) -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
+        """`metershipper run`, once it listens for Kong's http-log: the process and its port."""
+        told = self.told()
+        with self.running(*options) as process:
+            yield process, self.wait_for_port(process, told)
+
+    def wait_for_port(self, process: "subprocess.Popen[bytes]", told: int) -> int:
+        """Wait until it says, behind the first `told` characters of the log, on which port it listens."""
+
+        listening = re.compile(r"receiving Kong's http-log on https?://[^ \"]+:([0-9]+)/")
+
+        def found() -> "re.Match[str] | None":
+            return listening.search(self.errors.read_text(), told)
+
+        wait_until(lambda: found() is not None or process.poll() is not None, lambda: self.story(process))
+        port = found()
+        assert port is not None, self.story(process)
+        return int(port[1])
+
+    def told(self) -> int:
+        """How long the log is by now, in characters."""
+        return len(self.errors.read_text()) if self.errors.exists() else 0
+
+    def segments(self) -> list[Path]:
+        """The segments of the spool, the oldest first."""
+        return sorted((self.state / "spool").glob("*.ndjson"))
+
     def books(self) -> Books:
         """The committed books; empty before there is a checkpoint."""
         try:
@@ -262,6 +295,112 @@ field = "username"
     def story(self, process: "subprocess.Popen[bytes]") -> str:
         """What to print when a wait was in vain."""
         return f"exit code {process.poll()}, {dict(self.books())}\n{self.errors.read_text()[-3000:]}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the receiver says to one request; header names in lower case."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+class Sender:
+    """A connection of Kong's http-log: kept alive, with the bytes that its HTTP client (lua-resty-http) writes.
+
+    Used as a context manager. Args: `headers`, of every request, as in the plugin's configuration; `tls`, for https.
+    """
+
+    def __init__(
+        self, port: int, headers: dict[str, str] | None = None, *, path: str = "/", tls: ssl.SSLContext | None = None
+    ) -> None:
+        self._headers = headers or {}
+        self._path = path
+        self._connection = socket.create_connection(("127.0.0.1", port), DEADLINE_SECONDS)
+        self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if tls is not None:
+            self._connection = tls.wrap_socket(self._connection, server_hostname="localhost")
+        self._received = b""
+
+    def __enter__(self) -> "Sender":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up."""
+        self._connection.close()
+
+    def post(self, body: bytes, headers: dict[str, str] | None = None, *, method: str = "POST") -> Answer:
+        """One request to its answer. Raises ConnectionError when there is none."""
+        self.write(self.head(len(body), headers, method=method) + body)
+        return self.answer()
+
+    def head(self, length: int | None, headers: dict[str, str] | None = None, *, method: str = "POST") -> bytes:
+        """The header of a request; `length` None: of one that tells it otherwise."""
+        named = {
+            "User-Agent": "lua-resty-http/0.17.2 (Lua) ngx_lua/10026",
+            "Host": "127.0.0.1",
+            "Content-Type": "application/json",
+            **({} if length is None else {"Content-Length": str(length)}),
+            **self._headers,
+            **(headers or {}),
+        }
+        lines = [f"{method} {self._path} HTTP/1.1", *(f"{name}: {value}" for name, value in named.items()), "", ""]
+        return "\r\n".join(lines).encode()
+
+    def write(self, data: bytes) -> None:
+        """Raw bytes."""
+        self._connection.sendall(data)
+
+    def answer(self) -> Answer:
+        """The next answer. Raises ConnectionError when the connection ends before it does."""
+        head = self.read_until(b"\r\n\r\n").decode("latin-1").split("\r\n")
+        headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in head[1:] if line)}
+        length = int(headers.get("content-length", "0"))
+        while len(self._received) < length:
+            self._read()
+        body, self._received = self._received[:length], self._received[length:]
+        return Answer(int(head[0].split()[1]), headers, body)
+
+    def read_until(self, end: bytes) -> bytes:
+        """What comes up to `end`, and with it."""
+        while end not in self._received:
+            self._read()
+        before, found, self._received = self._received.partition(end)
+        return before + found
+
+    def _read(self) -> None:
+        data = self._connection.recv(65536)
+        if not data:
+            raise ConnectionResetError("closed without an answer")
+        self._received += data
+
+
+def tls_settings(directory: Path, ca: trustme.CA) -> str:
+    """What [inputs.http_log] needs to be `localhost` by a certificate of `ca`, and to ask clients for one."""
+    server = ca.issue_cert("localhost")
+    server.private_key_pem.write_to_path(directory / "key.pem")
+    server.cert_chain_pems[0].write_to_path(directory / "cert.pem")
+    ca.cert_pem.write_to_path(directory / "ca.pem")
+    files = {"cert_file": "cert.pem", "key_file": "key.pem", "client_ca_file": "ca.pem"}
+    return "".join(f'{key} = "{directory / name}"\n' for key, name in files.items())
+
+
+def tls_client(ca: trustme.CA, issuer: trustme.CA | None) -> ssl.SSLContext:
+    """A client that trusts `ca`, with a certificate of `issuer`."""
+    context = ssl.create_default_context()
+    ca.configure_trust(context)
+    if issuer is not None:
+        issuer.issue_cert("kong.internal").configure_cert(context)
+    return context
+
+
+def array_of(lines: list[bytes]) -> bytes:
+    """Entries as http-log sends several of them."""
+    return b"[" + b",".join(line.rstrip(b"\n") for line in lines) + b"]"
 
 
 def stop(process: "subprocess.Popen[bytes]") -> int:

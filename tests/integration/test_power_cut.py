@@ -25,7 +25,17 @@ from metershipper.checkpoint import DATABASE_NAME, Checkpoint
 from metershipper.records import Sample, StoredFile
 from metershipper.state import StateLock
 from metershipper.traffic import Traffic
-from tests.integration.support import FaultyEndpoint, Site, TimedStore, append, expected_ids, stop, wait_until
+from tests.integration.support import (
+    FaultyEndpoint,
+    Sender,
+    Site,
+    TimedStore,
+    append,
+    array_of,
+    expected_ids,
+    stop,
+    wait_until,
+)
 
 SHIM = Path(__file__).with_name("synced.c")
 SECTOR_BYTES = 512
@@ -310,3 +320,94 @@ def test_the_name_of_a_new_state_directory_is_durable_before_anything_is_recorde
     first_record = next(n for n, sync in enumerate(record.syncs) if sync.path.parent == record.state)
     parent = (sync for sync in record.syncs[: first_record + 1] if sync.path == record.state.parent)
     assert any(record.state.name in (sync.names or ()) for sync in parent)
+
+
+# What the http-log receiver answered (case 54)
+
+
+@dataclass
+class Reception:
+    """A recorded run of the receiver: what it answered with 200 and when, what it synced, what was accepted when."""
+
+    state: Path
+    answered: list[tuple[int, list[bytes]]]  # CLOCK_MONOTONIC in nanoseconds, and the entries
+    syncs: list[Sync]
+    accepted: dict[str, int]
+
+
+@pytest.fixture(scope="module")
+def reception(shim: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reception]:
+    """Batches one after the other, through several segments, while a failing endpoint takes them; a kill in between."""
+    directory, snapshots = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("snapshots")
+    variables = {"LD_PRELOAD": str(shim), "SYNCED_ROOT": str(directory), "SYNCED_SNAPSHOTS": str(snapshots)}
+    traffic = Traffic(54, started_at_ms=1_790_000_000_000)
+    answered: list[tuple[int, list[bytes]]] = []
+    with FaultyEndpoint(rate=0.1, store=TimedStore()) as endpoint:
+        site = Site(directory, endpoint.url, SMALL_SPOOL, environment=os.environ | variables)
+        for _ in range(2):
+            with site.receiving() as (process, port), Sender(port) as kong:
+                for _ in range(60):
+                    lines = [traffic.line() for _ in range(5)]
+                    while kong.post(array_of(lines)).status != 200:  # the spool is full: as Kong does
+                        time.sleep(0.05)
+                    answered.append((time.monotonic_ns(), lines))
+                process.kill()
+        store = endpoint.store
+        assert isinstance(store, TimedStore)
+        accepted = dict(store.accepted)
+    syncs = [Sync.read(path) for path in sorted(snapshots.glob("[0-9]*"))]
+    yield Reception(site.state, answered, syncs, accepted)
+    shutil.rmtree(snapshots)
+
+
+SMALL_SPOOL = """
+[inputs.http_log]
+listen = "127.0.0.1:0"
+max_body_bytes = 65_536
+spool_max_bytes = 524_288
+"""
+
+
+def test_an_answer_comes_after_the_entries_and_the_name_of_their_file_are_synced(reception: Reception) -> None:
+    """Case 54: at each 200, a file of the spool that a power cut leaves holds every entry of the request."""
+    spool = Disk(reception.state / "spool")
+    syncs = iter([*reception.syncs, Sync(2**63, Path("/"), b"", None)])
+    sync = next(syncs)
+    for at, lines in reception.answered:
+        while sync.at < at:
+            spool.sync(sync)
+            sync = next(syncs)
+        synced = b"".join(content for name, content in spool.contents.items() if name in spool.names)
+        assert all(line in synced for line in lines)
+    assert len([name for name in spool.contents if name.endswith(".ndjson")]) > 3
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
+def test_a_run_after_a_power_cut_delivers_all_that_was_answered(
+    reception: Reception, tmp_path: Path, share: float
+) -> None:
+    """Case 54: what was answered with 200 before was accepted before, or is sent now; segments come back, or not."""
+    cut = int(share * len(reception.syncs))
+    state, spool = Disk(reception.state), Disk(reception.state / "spool")
+    for sync in reception.syncs[: cut + 1]:
+        state.sync(sync)
+        spool.sync(sync)
+    at = reception.syncs[cut].at
+    answered = [line for when, lines in reception.answered if when <= at for line in lines]
+    state.cut(tmp_path / "state")
+    if (named := tmp_path / "state" / "spool").exists():
+        named.unlink()
+        spool.cut(named)
+    store = TimedStore()
+    with FaultyEndpoint(store=store) as endpoint:
+        site = Site(tmp_path, endpoint.url, SMALL_SPOOL)
+        accepted = {each for each, when in reception.accepted.items() if when < at}
+        wanted = set(expected_ids(answered)) - accepted
+        with site.receiving() as (process, _):
+            wait_until(lambda: wanted <= store.accepted.keys(), lambda: site.story(process))
+            wait_until(lambda: not site.segments(), lambda: site.story(process))
+            assert stop(process) == 0
+        assert len(set(store.received)) == len(store.received)
+        assert site.books().balanced
+        with Checkpoint(site.state, read_only=True) as checkpoint:
+            assert checkpoint.gaps() == []
