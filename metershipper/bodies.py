@@ -7,6 +7,7 @@ is never refused here, since Kong sends a refused batch again for a while and th
 Shapes: an object with `queue.max_batch_size` 1 (the default), otherwise always an array (Kong 3.3, http-log).
 """
 
+import json
 import re
 from collections.abc import Iterable
 
@@ -21,6 +22,8 @@ SPACE = b" \t\r\n"
 Line = bytes | msgspec.Raw
 
 _decode_items = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_decode_item = msgspec.json.Decoder(msgspec.Raw).decode
+_LENIENT = json.JSONDecoder(strict=False)
 _MARK = re.compile(rb'["\[\]{},]')
 _MARK_IN_STRING = re.compile(rb'["\\]')
 
@@ -67,6 +70,18 @@ def _beginning(body: bytes) -> bytes:
     return body.removeprefix(BOM).lstrip(SPACE)
 
 
+def _is_json(item: bytes) -> bool:
+    """Also of what Python alone reads: NaN, lone surrogates, control characters in a string."""
+    try:
+        _decode_item(item)
+    except (msgspec.MsgspecError, RecursionError):
+        try:
+            _LENIENT.decode(item.decode("utf-8", "replace"))
+        except (ValueError, RecursionError):
+            return False
+    return True
+
+
 def _lines(items: Iterable[bytes]) -> list[Line]:
     """Items as lines. Within JSON a line break is only space; a string can't hold one."""
     stripped = (item.strip(SPACE) for item in items)
@@ -74,18 +89,24 @@ def _lines(items: Iterable[bytes]) -> list[Line]:
 
 
 class _ArraySplitter:
-    """The items of an array, told apart by brackets, commas and quotes alone: what is wrong inside one stays there."""
+    """The items of an array, told apart by brackets, commas and quotes alone: what is wrong inside one stays there.
+
+    But for a quote too many or too few: then what follows is cut in the wrong places. An item that is no JSON, with
+    something behind it that is no object, is taken for that, and entries are looked for from there on.
+    """
 
     def __init__(self) -> None:
-        self._text = bytearray()  # from the beginning of the item that is not complete yet
+        self._text = bytearray()  # from the beginning of the first item that is not handed out yet
         self._at = 0
         self._depth = 0
         self._has_begun = False
         self._in_string = False
+        self._behind_doubtful: int | None = None  # where the item behind one that is no JSON begins
+        self._is_torn = False
 
     @property
     def held_bytes(self) -> int:
-        """The length of what is not complete yet."""
+        """The length of what is not handed out yet."""
         return len(self._text)
 
     def add(self, piece: bytes) -> list[bytes]:
@@ -93,21 +114,39 @@ class _ArraySplitter:
         self._text += piece
         items: list[bytes] = []
         begin = 0
-        while (mark := self._next_mark()) is not None:
+        while not self._is_torn and (mark := self._next_mark()) is not None:
             if mark in b"[{":
                 self._has_begun = True
                 self._depth += 1
                 begin = self._at if self._depth == 1 else begin
             elif self._depth == 1 and mark in b",]":
-                with memoryview(self._text) as text:  # an item may be large: it is copied once
-                    items.append(bytes(text[begin : self._at - 1]))
-                begin = self._at
+                found = self._items_from(begin, is_last=mark == b"]")
+                begin = self._at if found else begin
+                items += found
                 self._depth -= mark == b"]"
             elif mark in b"]}":
                 self._depth = max(1, self._depth - 1)
         del self._text[:begin]
         self._at -= begin
+        if self._behind_doubtful is not None:
+            self._behind_doubtful -= begin
         return items
+
+    def _items_from(self, begin: int, *, is_last: bool) -> list[bytes]:
+        """The item that ends here, and a doubtful one before it; none while it can't be told."""
+        end, behind = self._at - 1, self._behind_doubtful
+        with memoryview(self._text) as text:  # an item may be large: it is copied once
+            item = bytes(text[begin if behind is None else behind : end])
+            if behind is not None:
+                if not is_last and not (item.strip(SPACE).startswith(b"{") and _is_json(item)):
+                    self._is_torn = True
+                    return []
+                self._behind_doubtful = None
+                return [bytes(text[begin : behind - 1]), item]
+        if not is_last and item.strip(SPACE) and not _is_json(item):
+            self._behind_doubtful = self._at
+            return []
+        return [item]
 
     def _next_mark(self) -> bytes | None:
         """The next bracket, or comma, outside of strings; None before there is one. Reading goes on behind it."""
@@ -136,13 +175,14 @@ class _ArraySplitter:
         """
         items: list[bytes] = []
         budget = MAX_SALVAGE_CHARACTERS
-        while self._depth and budget > 0:
+        while (self._depth or self._is_torn) and budget > 0:
             text = self._text.decode("utf-8", "surrogateescape")
             begin, budget = next_entry(text, 1, budget, followed_by=(",", "]", ""))
             if begin is None:
                 break
             items.append(text[:begin].encode("utf-8", "surrogateescape").rstrip(SPACE + b","))
             self._text, self._at, self._depth, self._in_string = bytearray(), 0, 1, False
+            self._behind_doubtful, self._is_torn = None, False
             items += self.add(text[begin:].encode("utf-8", "surrogateescape"))
         items.append(bytes(self._text))
         return items

@@ -19,6 +19,7 @@ from enum import StrEnum
 SKIPPED = "skipped."
 DEAD_LETTERS = "dead_letters."
 RECEIVED = "received."
+CUT_OFF = "received.cut_off."
 
 
 class Count(StrEnum):

@@ -10,7 +10,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 
-from metershipper.books import Books
+from metershipper.books import CUT_OFF, Books
 from metershipper.checkpoint import Checkpoint
 from metershipper.dead_letters import MAX_AGE_SECONDS, MAX_CONTENT_BYTES, WARN_SHARE, Fill
 from metershipper.redelivery import Redelivery
@@ -24,6 +24,7 @@ BOUNDS_SECONDS = 3600.0
 # OpenMeter's invoices take in what is stored up to an hour after their period (billing's collection interval, PT1H).
 WARN_AGE_SECONDS = 1800.0
 REPEAT_WARNING_SECONDS = 300.0
+REPEAT_CUT_OFF_SECONDS = 30.0
 
 
 class Housekeeping:
@@ -40,6 +41,8 @@ class Housekeeping:
         self._redelivery = redelivery
         self._oldest_seconds = oldest_seconds
         self._received = received
+        self._cut_off = Books()
+        self._tell_cut_off_at = 0.0
         self._warn_again_at = self._look_at_bounds_at = 0.0
         self._told_fault = False
         self._noted_read_at: int | None = None
@@ -69,6 +72,16 @@ class Housekeeping:
             except sqlite3.OperationalError:
                 self._received.update(counted)
                 raise
+            self._cut_off.update({name: n for name, n in counted.items() if name.startswith(CUT_OFF)})
+        self._tell_cut_off()
+
+    def _tell_cut_off(self) -> None:
+        now = time.monotonic()
+        if self._cut_off and now >= self._tell_cut_off_at:
+            self._tell_cut_off_at = now + REPEAT_CUT_OFF_SECONDS
+            counts = ", ".join(f"{n} {reason}" for reason, n in self._cut_off.by_reason(CUT_OFF).items())
+            log.warning("http-log: cut off %s; what got a 200 is safe, Kong sends the rest again", counts)
+            self._cut_off.clear()
 
     async def _note_age(self) -> None:
         """Let `status` tell how long usage waits, once it waits for longer than delivery takes."""

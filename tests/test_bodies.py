@@ -1,6 +1,7 @@
 """Bodies of http-log become lines: every entry exactly once, as it came, however the body was cut or laid out."""
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -124,7 +125,25 @@ def test_a_faulty_item_is_a_line_of_its_own(faulty: bytes, limit: int) -> None:
     limit=limits,
 )
 def test_good_items_among_faulty_ones_are_all_there(items: list[bytes], cuts: list[int], limit: int) -> None:
-    assert lines_of(b"[" + b",".join(items) + b"]", cuts, limit) == items
+    """Faulty ones that follow each other may be one line: where the one ends nobody can tell for sure."""
+    found = lines_of(b"[" + b",".join(items) + b"]", cuts, limit)
+    assert [line for line in found if line.startswith(b'{"request"')] == [
+        item for item in items if item.startswith(b'{"request"')
+    ]
+    assert b",".join(found).rstrip(b"]") == b",".join(items)
+    if not any(a in FAULTY and b in FAULTY for a, b in pairwise(items)):
+        assert found == items
+
+
+@given(note=st.text("ab,{}[]: ", max_size=20), at=st.integers(0, 2), cuts=cuts, limit=limits)
+def test_a_quote_too_few_costs_only_its_own_entry(note: str, at: int, cuts: list[int], limit: int) -> None:
+    """From there on strings and what is between them change places: commas in strings seem to be those of the array."""
+    torn = b'{"request":{"id":"torn ' + note.encode()
+    good = [encoded(entry(number, note=f"KHTML, like {{Gecko}}, {note}")) for number in (1, 2, 3)]
+    items = [*good[:at], torn, *good[at:]]
+    found = lines_of(b"[" + b",".join(items) + b"]", cuts, limit)
+    assert [line for line in found if line in good] == good
+    assert len(found) == 4
 
 
 @given(tear=st.integers(1, 60), cuts=cuts, limit=limits)

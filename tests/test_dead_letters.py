@@ -334,6 +334,23 @@ def test_what_the_receiver_counts_is_moved_to_the_books(checkpoint: Checkpoint) 
     assert +received == Books()
 
 
+def test_connections_that_were_cut_off_are_told_together(
+    checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Case 59: a flood is one line, not one for each connection."""
+    received = Books()
+    keeper = housekeeping(checkpoint, received)
+
+    async def run() -> None:
+        for _ in range(3):
+            received.update({Received.TOO_SLOW: 5, Received.CROWDED_OUT: 7, Received.NO_ROOM: 1})
+            await keeper.note_received()
+
+    asyncio.run(run())
+    (told,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told == "http-log: cut off 7 crowded_out, 5 too_slow; what got a 200 is safe, Kong sends the rest again"
+
+
 def test_what_could_not_be_noted_is_noted_the_next_time(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
