@@ -21,29 +21,39 @@ STDIN = "-"
 SHOWN_BAD_LINES = 10
 
 
+class DamagedArchive(MeterShipperError):
+    """A compressed file that does not unpack to its end."""
+
+
 def map_paths(metering: Metering, paths: tuple[str, ...], out: BinaryIO, report: Callable[[str], None]) -> Books:
     """Map every path in turn; `out` gets the events as NDJSON, `report` the bad lines and the summary.
 
     Files compressed with gzip or zstd are unpacked on the way.
-    Raises: UsageError naming a path that can't be opened, after the paths before it were mapped; MeterShipperError
-    naming a damaged archive, after what could be unpacked of it was mapped.
+    Raises: UsageError naming a path that can't be opened, after the paths before it were mapped; DamagedArchive naming
+    all that are, after all paths were mapped as far as they unpack.
     """
     mapper = Mapper(metering)
     encode_lines = msgspec.json.Encoder().encode_lines
     books = Books()
     shown = 0
+    damaged: list[str] = []
     try:
         for path in paths:
-            with opened(path) as source:
-                for chunk in chunks_of(source):
-                    mapped = _mapped(mapper, chunk)
-                    _write(out, encode_lines(mapped.events))
-                    books.update(mapped.books)
-                    for dead_letter in mapped.dead_letters[: SHOWN_BAD_LINES - shown]:
-                        report(_bad_line(path, dead_letter))
-                        shown += 1
+            try:
+                with opened(path) as source:
+                    for chunk in chunks_of(source):
+                        mapped = _mapped(mapper, chunk)
+                        _write(out, encode_lines(mapped.events))
+                        books.update(mapped.books)
+                        for dead_letter in mapped.dead_letters[: SHOWN_BAD_LINES - shown]:
+                            report(_bad_line(path, dead_letter))
+                            shown += 1
+            except DamagedArchive as error:
+                damaged.append(str(error))
     finally:
         report("\n".join(summary(books)))
+    if damaged:
+        raise DamagedArchive("\n".join(damaged))
     return books
 
 
@@ -60,9 +70,12 @@ def _write(out: BinaryIO, data: bytes) -> None:
 def summary(books: Books, kept_aside: str = "bad lines") -> list[str]:
     """The books of a run, in lines for people. `kept_aside`: what to call what could not be billed."""
     tokens_in, tokens_out = books[Count.TOKENS_REQUEST], books[Count.TOKENS_RESPONSE]
+    # An array, and entries glued together, are several on one line.
+    held = f"{books[Count.LINES]} lines" + f" with {books[Count.ENTRIES]} entries" * (
+        books[Count.ENTRIES] != books[Count.LINES]
+    )
     lines = [
-        f"{books[Count.LINES]} lines: {books[Count.BILLED]} entries billed, {books.skipped} skipped, "
-        f"{books.dead_letters} {kept_aside}",
+        f"{held}: {books[Count.BILLED]} entries billed, {books.skipped} skipped, {books.dead_letters} {kept_aside}",
         f"{books[Count.EVENTS]} events; tokens: {tokens_in} request (input), {tokens_out} response (output)",
     ]
     lines += [f"skipped: {reason} {count}" for reason, count in books.by_reason(SKIPPED).items()]
@@ -84,7 +97,7 @@ class _Source(Protocol):
 
 @contextmanager
 def opened(path: str) -> Iterator[_Source]:
-    """A path or stdin; a file that is compressed is unpacked. Raises as `map_paths` does."""
+    """A path or stdin; a file that is compressed is unpacked. Raises: UsageError; reading it, DamagedArchive."""
     if path == STDIN:
         yield cast(_Source, sys.stdin.buffer)
         return
@@ -97,7 +110,7 @@ def opened(path: str) -> Iterator[_Source]:
         try:
             yield file if compression is None else _Unpacked(unpack(file, compression))
         except Damaged as damaged:
-            raise MeterShipperError(f"{path}: damaged ({damaged}); mapped as far as it unpacks") from None
+            raise DamagedArchive(f"{path}: damaged ({damaged}); mapped as far as it unpacks") from None
 
 
 class _Unpacked:

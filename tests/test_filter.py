@@ -205,6 +205,29 @@ def test_a_gz_is_mapped_like_what_it_holds(tmp_path: Path) -> None:
     assert (result.exit_code, ids_of(result)) == (0, good_ids(0, 1, 2))
 
 
+def test_what_follows_a_damaged_archive_is_mapped_too(tmp_path: Path) -> None:
+    """Case 29: one bad month among many hides no other."""
+    cut, whole, worse = tmp_path / "cut.gz", tmp_path / "whole.log", tmp_path / "worse.gz"
+    cut.write_bytes(GZ[:-9])
+    whole.write_bytes(gzip.decompress(GZ))
+    worse.write_bytes(GZ[:20])
+    result = CliRunner().invoke(cli, ["map", str(cut), str(whole), str(worse)])
+    alone = CliRunner().invoke(cli, ["map", str(whole)])
+    assert result.exit_code == 1
+    assert result.stdout.endswith(alone.stdout) and alone.stdout
+    assert [line for line in result.stderr.splitlines() if ": damaged (" in line] == [
+        f"metershipper: {path}: damaged (it ends in the middle); mapped as far as it unpacks" for path in (cut, worse)
+    ]
+
+
+def test_several_entries_on_a_line_are_told(tmp_path: Path) -> None:
+    """What is billed, skipped and bad adds up to the entries, not to the lines."""
+    path = tmp_path / "array.log"
+    path.write_bytes(b'[{"request":{}},{"a":1}]\n{"b":2}\n')
+    result = CliRunner().invoke(cli, ["map", str(path)])
+    assert "2 lines with 3 entries: 0 entries billed, 0 skipped, 3 bad lines" in result.stderr
+
+
 @pytest.mark.parametrize(
     "damaged", [GZ[:-9], GZ[:-9] + b"\xff" * 9, GZ + b"rest"], ids=["cut", "overwritten", "longer"]
 )
@@ -343,7 +366,7 @@ def test_the_log_of_a_container_is_mapped_as_it_is(tmp_path: Path) -> None:
     assert process.stderr.decode().splitlines() == [
         f"bad line: {log}, bytes {start}-{start + len(cri(b'{' + b'torn')) + 1}: not_json: "
         "not valid JSON at character 1",
-        "8 lines: 3 entries billed, 3 skipped, 1 bad lines",
+        "8 lines with 7 entries: 3 entries billed, 3 skipped, 1 bad lines",
         "3 events; tokens: 0 request (input), 0 response (output)",
         "skipped: not_an_entry 3",
         "bad lines: not_json 1",
@@ -366,4 +389,4 @@ def test_a_record_above_the_limit_costs_no_other() -> None:
     data = cri(GOOD[:-1] % 0) + cri(GOOD[:-3] % 1, b"P") + part * count + cri(b'"}') + cri(GOOD[:-1] % 2)
     result = run_map(stdin=data)
     assert ids_of(result) == good_ids(0, 2)
-    assert f"{count + 4} lines: 2 entries billed, 0 skipped" in result.stderr
+    assert f"{count + 4} lines with " in result.stderr and " entries: 2 entries billed, 0 skipped" in result.stderr
