@@ -120,7 +120,7 @@ class _ArraySplitter:
                 self._depth += 1
                 begin = self._at if self._depth == 1 else begin
             elif self._depth == 1 and mark in b",]":
-                found = self._items_from(begin, is_last=mark == b"]")
+                found = self._items_from(begin)
                 begin = self._at if found else begin
                 items += found
                 self._depth -= mark == b"]"
@@ -132,21 +132,21 @@ class _ArraySplitter:
             self._behind_doubtful -= begin
         return items
 
-    def _items_from(self, begin: int, *, is_last: bool) -> list[bytes]:
+    def _items_from(self, begin: int) -> list[bytes]:
         """The item that ends here, and a doubtful one before it; none while it can't be told."""
         end, behind = self._at - 1, self._behind_doubtful
         with memoryview(self._text) as text:  # an item may be large: it is copied once
             item = bytes(text[begin if behind is None else behind : end])
-            if behind is not None:
-                if not is_last and not (item.strip(SPACE).startswith(b"{") and _is_json(item)):
-                    self._is_torn = True
-                    return []
+            if behind is None:
+                if not item.strip(SPACE) or _is_json(item):
+                    return [item]
+                self._behind_doubtful = self._at
+            elif item.strip(SPACE).startswith(b"{") and _is_json(item):
                 self._behind_doubtful = None
                 return [bytes(text[begin : behind - 1]), item]
-        if not is_last and item.strip(SPACE) and not _is_json(item):
-            self._behind_doubtful = self._at
+            else:
+                self._is_torn = True
             return []
-        return [item]
 
     def _next_mark(self) -> bytes | None:
         """The next bracket, or comma, outside of strings; None before there is one. Reading goes on behind it."""
@@ -175,7 +175,7 @@ class _ArraySplitter:
         """
         items: list[bytes] = []
         budget = MAX_SALVAGE_CHARACTERS
-        while (self._depth or self._is_torn) and budget > 0:
+        while budget > 0 and not self._is_told():
             text = self._text.decode("utf-8", "surrogateescape")
             begin, budget = next_entry(text, 1, budget, followed_by=(",", "]", ""))
             if begin is None:
@@ -186,3 +186,11 @@ class _ArraySplitter:
             items += self.add(text[begin:].encode("utf-8", "surrogateescape"))
         items.append(bytes(self._text))
         return items
+
+    def _is_told(self) -> bool:
+        """Whether the array ended, as far as can be told: also with an item that is no JSON, and nothing behind it."""
+        behind = self._behind_doubtful
+        if behind is not None and not self._depth and not self._text[behind:].strip(SPACE):
+            del self._text[behind - 1 :]
+            return True
+        return not self._depth and not self._is_torn and behind is None
