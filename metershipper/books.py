@@ -15,6 +15,7 @@ Names appear unchanged in the checkpoint, in `status --json` and in `map`'s summ
 
 from collections import Counter
 from enum import StrEnum
+from typing import Any
 
 SKIPPED = "skipped."
 DEAD_LETTERS = "dead_letters."
@@ -105,6 +106,11 @@ class Books(Counter[str]):
         """Counts below `prefix` (`SKIPPED` or `DEAD_LETTERS`), by reason, most frequent first."""
         found = {name.removeprefix(prefix): n for name, n in self.items() if n and name.startswith(prefix)}
         return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: counts by name, reasons as nested tables."""
+        plain: dict[str, Any] = {str(count): self[count] for count in Count}
+        return plain | {"skipped": self.by_reason(SKIPPED), "dead_letters": self.by_reason(DEAD_LETTERS)}
 
     @property
     def skipped(self) -> int:

@@ -9,7 +9,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -160,7 +160,6 @@ class Checkpoint:
                 "INSERT OR REPLACE INTO facts VALUES ('starts', 1 + ifnull("
                 "(SELECT value FROM facts WHERE name = 'starts'), 0))"
             )
-            self._db.execute("DELETE FROM facts WHERE name = 'oldest_unsettled_at'")  # of the process before
 
     def _nothing_recorded(self) -> StateError:
         return StateError(f"{self._path}: nothing was recorded yet; start `metershipper run` first")
@@ -178,9 +177,10 @@ class Checkpoint:
                     self._db.execute("ROLLBACK")
                 raise
 
-    def commit(self, settled: Iterable[Settled]) -> None:
+    def commit(self, settled: Iterable[Settled], left: Mapping[int, bool] | None = None) -> None:
         """Record settled ground: positions, counts and dead letters, all or nothing. Durable on return.
 
+        Args: `left`, what a replay reads no more, by file id: whether it holds nothing more than is settled.
         Raises: sqlite3.OperationalError (disk full, read-only); then nothing was recorded and it may be tried again.
         """
         now = time.time()
@@ -193,6 +193,8 @@ class Checkpoint:
                 )
                 self._add(ground.file_id, ground.books)
                 self.dead_letters.keep(ground.file_id, [*ground.dead_letters, *ground.refused], now)
+            for file_id, is_whole in (left or {}).items():
+                self.replays.leave(file_id, is_whole=is_whole)
 
     @contextmanager
     def reading(self) -> Iterator[None]:

@@ -55,7 +55,7 @@ class ReplayTable:
         found: list[StoredFile] = []
         for head in heads:
             found += self._select("head_hash = ? AND head_bytes = ?", (head.digest, head.length))
-        return found + self._select("device = ? AND inode = ? AND head_bytes = 0 AND position = 0", place)
+        return found + self._select("head_hash = '' AND device = ? AND inode = ? AND position = 0", place)
 
     def _select(self, condition: str, values: tuple[Any, ...]) -> list[StoredFile]:
         rows = self._db.execute(f"SELECT {FILE_COLUMNS} FROM files WHERE {condition} ORDER BY file_id", values)
@@ -85,22 +85,26 @@ class ReplayTable:
         return int(cursor.lastrowid or 0)
 
     def resume(self, file: StoredFile, head: Sample, replay: int) -> bool:
-        """Go on with a record; False when something happened to it since it was looked up."""
+        """Go on with a record, which held not all then; False when something happened to it since it was looked up."""
         cursor = self._db.execute(
-            "UPDATE files SET replaying = ?, head_bytes = ?, head_hash = ?"
-            " WHERE file_id = ? AND origin = ? AND position = ? AND replaying IS ?",
-            (replay, head.length, head.digest, file.file_id, file.origin, file.position, file.replaying),
+            "UPDATE files SET replaying = ?, head_bytes = ?, head_hash = ?,"
+            " seen_bytes = CASE origin WHEN 'replay' THEN NULL ELSE seen_bytes END"
+            " WHERE file_id = ? AND origin = ? AND position = ?",
+            (replay, head.length, head.digest, file.file_id, file.origin, file.position),
         )
         return cursor.rowcount == 1
 
-    def leave(self, file_ids: Collection[int], complete: bool) -> None:
-        """This replay reads these no more; `complete`: they hold nothing more than was settled."""
-        for file_id in file_ids:
-            self._db.execute("UPDATE files SET replaying = NULL WHERE file_id = ?", (file_id,))
-            if complete:
-                self._db.execute(
-                    "UPDATE files SET seen_bytes = position WHERE file_id = ? AND origin = 'replay'", (file_id,)
-                )
+    def leave(self, file_id: int, *, is_whole: bool) -> None:
+        """A replay reads this no more; `is_whole`: it holds nothing more than was settled."""
+        self._db.execute("UPDATE files SET replaying = NULL WHERE file_id = ?", (file_id,))
+        if is_whole:
+            self._db.execute(
+                "UPDATE files SET seen_bytes = position WHERE file_id = ? AND origin = 'replay'", (file_id,)
+            )
+
+    def abandon(self) -> None:
+        """What replays were at work on when they were killed is nobody's: they can't be at work any more."""
+        self._db.execute("UPDATE files SET replaying = NULL WHERE replaying IS NOT NULL")
 
     def seen(self, file_ids: Collection[int], now: float) -> None:
         """What these are records of is still there: they are not forgotten for now."""

@@ -45,7 +45,7 @@ class Housekeeping:
         self._tell_cut_off_at = 0.0
         self._warn_again_at = self._look_at_bounds_at = 0.0
         self._told_fault = False
-        self._noted_read_at: int | None = None
+        self._noted_read_at: int | None = 0  # at first, whatever the process before noted
 
     async def run(self) -> None:
         """Look after things until cancelled."""

@@ -8,7 +8,7 @@ and counted.
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from metershipper.books import Books, Count, Dead, Skip
 from metershipper.entry import EntryDecoder, content_hash, field_names
@@ -22,6 +22,9 @@ from metershipper.readers import AnyEntry
 from metershipper.rules import RuleBook
 from metershipper.scope import Sieve
 from metershipper.usage import shown
+
+if TYPE_CHECKING:
+    from metershipper.followed import Block
 
 # OpenMeter stores times as 32-bit seconds. Seconds in place of milliseconds fall below the lower bound.
 EARLIEST_STARTED_AT_MS = 1_000_000_000_000  # 2001-09-09
@@ -103,6 +106,14 @@ class Mapper:
         books[Count.BILLED] += billed
         books[Count.EVENTS] += len(events)
         return mapped
+
+    def map_block(self, block: "Block", sieve: Sieve | None = None) -> Mapped:
+        """As `map_lines`, a block as it was read: lines, or one that is too long, or NULs."""
+        if block.nul_bytes:
+            return nuls(block.nul_bytes)
+        if block.overlong is not None:
+            return overlong_line(block.overlong, block.start_offset, block.end_offset)
+        return self.map_lines(block.data, block.start_offset, block.format, sieve)
 
     def _map_text(self, text: Text, format: Format, mapped: Mapped, sieve: Sieve | None) -> None:
         """Map what is not simply one entry on a line of its own."""

@@ -301,9 +301,12 @@ class Placing:
         if replayed.replaying is not None and self.registry.replay_is_running:
             self.listing.complain(found.path, "is being replayed; followed as soon as that is done", failed=False)
             self.listing.look_again()
-        elif not self.registry.take_over(replayed):
+            return
+        if not self.registry.take_over(replayed):
             self.listing.look_again()
-        elif rotated and not opened.content.has_more_than(replayed.position):
+            return
+        self.known.supersede(replayed)  # from here on it is known: should what follows fail, it is tried again
+        if rotated and not opened.content.has_more_than(replayed.position):
             log.info("%s: was replayed; it is not read again", found.path)
             self.known.complete(found, opened.content, replayed)
         else:

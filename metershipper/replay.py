@@ -11,15 +11,16 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 
 from metershipper.archive import Damaged
 from metershipper.batcher import Batch, Span
 from metershipper.books import Count
+from metershipper.committer import Committer
 from metershipper.config import Config
 from metershipper.errors import MeterShipperError, StateError, UsageError
-from metershipper.ledger import Ledger, Settled, merge
+from metershipper.ledger import Ledger, Settled
 from metershipper.mapper import Mapper
 from metershipper.openmeter import Endpoint
 from metershipper.replay_outcome import (
@@ -31,8 +32,9 @@ from metershipper.replay_outcome import (
     outcome_after,
     outcome_before,
     outcome_of,
+    tell_copies,
 )
-from metershipper.replay_plan import Decision, Plan, Step, decide
+from metershipper.replay_plan import Decision, Plan, Step, decide, so_many_files
 from metershipper.replay_reading import FAULTY_READING, BatchLimits, Changed, Reading, Task
 from metershipper.replay_state import ReplayState
 from metershipper.replay_survey import Survey, survey
@@ -40,25 +42,29 @@ from metershipper.replay_workers import Spans, Worker, WorkerDied
 from metershipper.retry import Answer
 from metershipper.scope import Scope
 from metershipper.shipper import EMPTY_BATCH, Shipper
-from metershipper.sidecar import COMMIT_INTERVAL_SECONDS, COMMIT_RETRY_SECONDS
 from metershipper.throttle import Throttle
 
 log = logging.getLogger("metershipper.replay")
 
 # When only events are left that fail again and again: how often the endpoint is asked whether it takes anything.
 CANARY_SECONDS = 0.3
+_CHANGED = "its content is not what it was when it was looked at; replay it again"
 # Files that hold no entries at all must not fill the disk with dead letters.
 BOUNDS_SECONDS = 10.0
 
 
 @dataclass(slots=True, eq=False)
 class _Claim:
-    """A step on its way. `end`: of what was read of it; once that is `committed`, and all is read, it is `done`."""
+    """A step on its way. `end`: of what was read of it; once that is `committed`, and no more is read, it is `done`.
+
+    `is_whole`: whether all of it was read; None while it is being read. `is_last`: nothing of its file is behind it.
+    """
 
     file_id: int
     end: int
     committed: int
-    all_read: bool = False
+    is_whole: bool | None = None
+    is_last: bool = False
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -83,6 +89,7 @@ class Replay:
         self._url = url
         self._state = state
         self._scope = plan.scope
+        self.unreadable = plan.unreadable
         self._workers = workers
         self._grace_seconds = grace_seconds
         self._throttle = None if events_per_second is None else Throttle(events_per_second)
@@ -94,16 +101,15 @@ class Replay:
         self._batches: asyncio.Queue[Batch] = asyncio.Queue(maxsize=config.openmeter.max_in_flight)
         self.results = [FileResult(file, outcome_before(file)) for file in plan.files]
         self._waiting = [result for result in reversed(self.results) if result.planned.decision.steps]
-        heads = Counter(file.survey.head for file in plan.files)
-        self._turns = {head: asyncio.Lock() for head, count in heads.items() if count > 1}
+        kinds = Counter(file.survey.kind for file in plan.files)
+        self._turns = {kind: asyncio.Lock() for kind, count in kinds.items() if count > 1}
         self.tally = Tally(plan.bytes_to_send)
         self._claims: dict[int, _Claim] = {}
-        self._settled = asyncio.Event()
+        self._committer = Committer(self._ledger, self._write)
         self._delivered = asyncio.Event()
-        self._uncommitted: list[Settled] = []
-        self._shipped = False
         self._bounds_at = 0.0
-        self._failure: MeterShipperError | None = None
+        self._died: WorkerDied | None = None
+        self.failure: MeterShipperError | sqlite3.DatabaseError | None = None
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
 
@@ -125,39 +131,44 @@ class Replay:
 
     @property
     def exit_code(self) -> int:
-        """0 all is delivered, 3 something is left."""
-        is_whole = all(result.outcome in WHOLE for result in self.results)
+        """0 all is delivered, 3 something is left, else that of the failure."""
+        if self.failure is not None:
+            return getattr(self.failure, "exit_code", 1)
+        is_whole = all(result.outcome in WHOLE for result in self.results) and not self.unreadable
         return 0 if is_whole and not self.tally.books.dead_letters and not self.tally.books[Count.REFUSED] else 3
 
     async def run(self) -> None:
-        """Deliver. Raises: StateError, WorkerDied, ConfigError; what was acknowledged is committed before."""
+        """Deliver. Raises: what becomes `failure`; what was acknowledged is committed before, if that is possible."""
+        try:
+            await self._run()
+        except (sqlite3.DatabaseError, MeterShipperError) as error:
+            self.failure = error
+            raise
+        finally:
+            for result in self.results:
+                if not self._claims.keys().isdisjoint(result.file_ids) and result.outcome not in FAULTS:
+                    result.outcome = Outcome.INTERRUPTED
+
+    async def _run(self) -> None:
         try:
             async with Endpoint(self._url, self._config.openmeter) as endpoint, asyncio.TaskGroup() as tasks:
-                # The committer is outside the tasks that a stop cancels: a commit is never cut off half-way.
-                tasks.create_task(self._commit_settled())
+                tasks.create_task(self._committer.run())
                 await self._read_and_ship(endpoint)
-                self._shipped = True
-                self._settled.set()
-        except* sqlite3.DatabaseError as errors:
-            directory = self._config.state.directory
-            raise StateError(
-                f"{directory}: {errors.exceptions[0]}; nothing is lost, the same command resumes"
-            ) from None
-        except* MeterShipperError as errors:
-            raise errors.exceptions[0] from None
-        for result in self.results:
-            if not self._claims.keys().isdisjoint(result.file_ids) and result.outcome not in FAULTS:
-                result.outcome = Outcome.INTERRUPTED
-        if self._uncommitted:
+                self._committer.finish()
+        except* (sqlite3.DatabaseError, MeterShipperError) as errors:
+            raise _first_of(errors) from None
+        tell_copies(self.results)
+        if self._committer.uncommitted:
             raise StateError(f"{self._config.state.directory}: positions could not be written; see the log")
-        await asyncio.to_thread(self._state.leave, list(self._claims), complete=False)
-        if self._failure is not None:
-            raise self._failure
+        with suppress(sqlite3.OperationalError):  # nobody takes the claims of a replay that ended for those of another
+            await asyncio.to_thread(self._state.commit, [], dict.fromkeys(self._claims, False))
+        if self._died is not None:
+            raise self._died
 
     async def _read_and_ship(self, endpoint: Endpoint) -> None:
         settings = self._config.openmeter
         if self._waiting:
-            log.info("replaying %d files: events go to %s", len(self._waiting), self._url)
+            log.info("replaying %s: events go to %s", so_many_files(len(self._waiting)), self._url)
         shipper = Shipper(
             endpoint, settings.retry, self._batches, self._accepted, self._refused, settings.max_in_flight
         )
@@ -198,7 +209,7 @@ class Replay:
     async def _read_files(self, worker: Worker | None) -> None:
         while self._waiting and not self._stop.is_set():
             result = self._waiting.pop()
-            turn = self._turns.get(result.planned.survey.head)
+            turn = self._turns.get(result.planned.survey.kind)
             try:
                 if turn is None:
                     await self._replay_file(result, worker, is_alone=True)
@@ -207,7 +218,7 @@ class Replay:
                         await self._replay_file(result, worker, is_alone=False)
             except WorkerDied as died:
                 result.outcome, result.note = Outcome.INTERRUPTED, str(died)
-                self._failure = died
+                self._died = died
                 self._stop.set()
 
     async def _replay_file(self, result: FileResult, worker: Worker | None, *, is_alone: bool) -> None:
@@ -220,6 +231,9 @@ class Replay:
             except UsageError as error:
                 result.outcome, result.note = Outcome.UNREADABLE, str(error)
                 return
+            if looked_at.kind != result.planned.survey.kind:
+                result.outcome, result.note = Outcome.CHANGED, _CHANGED
+                return
             decision = decide(looked_at, self._scope, may_resume_run=self._state.holds_run_off, now=time.time())
             if not decision.steps:
                 result.outcome = outcome_of(looked_at, decision, sent=sent)
@@ -230,16 +244,20 @@ class Replay:
                 continue
             result.file_ids.append(file_id)
             result.outcome = Outcome.INTERRUPTED
-            claim = self._claims[file_id] = _Claim(file_id, step.start, step.start)
             limit = self._config.inputs.max_line_bytes
             task = task_of(looked_at, decision, step, file_id, self._scope, limit)
-            if not await self._send(result, task, claim, worker):
-                return
-            sent = True
-            if is_alone and len(decision.steps) == 1:
+            claim = self._claims[file_id] = _Claim(file_id, step.start, step.start)
+            claim.is_whole = sent = await self._send(result, task, claim, worker)
+            claim.is_last = task.may_end_torn and claim.end == task.end
+            self._committer.wake()
+            if sent and len(decision.steps) == 1 and claim.end > step.start:
                 result.outcome = await asyncio.to_thread(outcome_after, looked_at, decision)
+                if is_alone:
+                    return
+            if not is_alone or sent:
+                await self._until_done(claim)  # also of what can't be read on: a copy goes on behind it
+            if not sent:
                 return
-            await self._until_done(claim)
             if claim.end == step.start:
                 result.outcome = Outcome.UNFINISHED  # all that is there is the beginning of a record
                 return
@@ -261,31 +279,29 @@ class Replay:
             async for spans, batches in self._made_of(task, worker):
                 await self._ship(claim, spans, batches)
         except (Changed, Damaged):
-            result.outcome = Outcome.CHANGED
-            result.note = "its content is not what it was when it was looked at; replay it again"
+            result.outcome, result.note = Outcome.CHANGED, _CHANGED
             return False
         except OSError as error:
             result.outcome, result.note = Outcome.UNREADABLE, f"can't be read: {error.strerror}"
             return False
-        if self._stop.is_set() and claim.end < task.end:
-            return False
-        claim.all_read = True
-        self._settled.set()
-        return True
+        return not self._stop.is_set() or claim.end >= task.end
 
     async def _made_of(self, task: Task, worker: Worker | None) -> AsyncIterator[tuple[list[Span], list[Batch]]]:
         if worker is None:
             async for made in self._made_here(task):
                 yield made
             return
-        known, told = Spans(), False
+        known = Spans()
         async for message in worker.messages(task):
-            yield message.spans, known.take(message)
-            if self._stop.is_set() and not told:
-                worker.stop()
-                told = True
+            # What a process is ahead is much more than what is in flight: after a stop none of it is begun.
+            is_over = self._stop.is_set()
+            yield ([], known.take_rest(message)) if is_over else (message.spans, known.take(message))
             if message.fault is not None:
                 raise message.fault
+            if self._stop.is_set():
+                if not known.waits:
+                    return
+                worker.stop()
 
     async def _made_here(self, task: Task) -> AsyncIterator[tuple[list[Span], list[Batch]]]:
         reading = Reading(task, self._mapper, self._limits)
@@ -312,73 +328,61 @@ class Replay:
             self.tally.entries += span.books[Count.ENTRIES]
             self.tally.events += span.unsettled
             if not span.unsettled:
-                self._settled.set()
+                self._committer.wake()
         for batch in batches:
             await self._throttled(batch)
+            self.tally.posted(batch.events, time.time())
             await self._batches.put(batch)  # the bound of this queue is what stops reading during an outage
 
     async def _throttled(self, batch: Batch) -> None:
         if self._throttle is None:
             return
-        wait_seconds = self._throttle.wait_seconds(batch.events, time.monotonic())
-        if wait_seconds > 0 and not self._stop.is_set():
-            try:
-                async with asyncio.timeout(wait_seconds):
-                    await self._stop.wait()
-            except TimeoutError:
-                pass
+        # Also after a stop, for as long as that waits: what is in flight is no reason to go beyond the limit.
+        await asyncio.sleep(self._throttle.wait_seconds(batch.events, time.monotonic()))
 
     # Settling: acknowledgements become commits
 
     def _accepted(self, batch: Batch) -> None:
         self._ledger.acknowledged(batch)
         self.tally.acknowledged += batch.events
+        self.tally.answered(batch.events, time.time())
         self._delivered.set()
-        self._settled.set()
+        self._committer.wake()
 
     def _refused(self, batch: Batch, answer: Answer) -> None:
         if batch.events:
             self._ledger.refused(batch, answer)
+            self.tally.answered(batch.events, time.time())
         self._delivered.set()
-        self._settled.set()
+        self._committer.wake()
 
-    async def _commit_settled(self) -> None:
-        """Commit what is settled, until everything that was shipped is."""
-        while True:
-            await self._settled.wait()
-            self._settled.clear()
-            last = self._shipped
-            committed = await self._commit()
-            if last:
-                return
-            await asyncio.sleep(COMMIT_INTERVAL_SECONDS if committed else COMMIT_RETRY_SECONDS)
-
-    async def _commit(self) -> bool:
-        self._uncommitted = merge(self._uncommitted, self._ledger.take_settled())
-        written = self._uncommitted
-        ends = {ground.file_id: ground.end_offset for ground in written}
-        try:
-            if written:
-                await asyncio.to_thread(self._state.commit, written)
-                self._uncommitted = []
-                for ground in written:
-                    self.tally.books.update(ground.books)
-            for file_id, end in ends.items():
-                self._claims[file_id].committed = end
-            done = [claim for claim in self._claims.values() if claim.all_read and claim.committed >= claim.end]
-            if done:
-                await asyncio.to_thread(self._state.leave, [claim.file_id for claim in done], complete=True)
-        except sqlite3.OperationalError as error:
-            log.error("positions can't be written (%s); nothing is lost, trying again", error)
-            self._settled.set()
-            return False
-        if any(ground.dead_letters or ground.refused for ground in written) and time.monotonic() >= self._bounds_at:
-            self._bounds_at = time.monotonic() + BOUNDS_SECONDS
-            await asyncio.to_thread(self._state.keep_bounds)
-        for claim in done:
+    async def _write(self, settled: list[Settled]) -> None:
+        """Positions, and in the same transaction the end of the claims that are reached by them."""
+        reached = {ground.file_id: ground.end_offset for ground in settled}
+        over = [
+            claim
+            for claim in self._claims.values()
+            if claim.is_whole is not None and reached.get(claim.file_id, claim.committed) >= claim.end
+        ]
+        if settled or over:
+            left = {claim.file_id: claim.is_whole is True and claim.is_last for claim in over}
+            await asyncio.to_thread(self._state.commit, settled, left)
+        for ground in settled:
+            self.tally.settled(ground.file_id, ground.books)
+            self._claims[ground.file_id].committed = ground.end_offset
+        for claim in over:
             del self._claims[claim.file_id]
             claim.done.set()
-        return True
+        if any(ground.dead_letters or ground.refused for ground in settled) and time.monotonic() >= self._bounds_at:
+            self._bounds_at = time.monotonic() + BOUNDS_SECONDS
+            with suppress(sqlite3.OperationalError):  # the next time, then, or by `run`
+                await asyncio.to_thread(self._state.keep_bounds)
+
+
+def _first_of(errors: BaseExceptionGroup[Exception]) -> Exception:
+    """One of what tasks, and tasks of tasks, ended with."""
+    first = errors.exceptions[0]
+    return _first_of(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 def task_of(looked_at: Survey, decision: Decision, step: Step, file_id: int, scope: Scope, max_line_bytes: int) -> Task:

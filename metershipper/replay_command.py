@@ -8,28 +8,31 @@ import asyncio
 import logging
 import os
 import signal
+import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 from metershipper.archive import Damaged
 from metershipper.books import Books
 from metershipper.config import Config, endpoint_of
-from metershipper.errors import UsageError
+from metershipper.errors import MeterShipperError, UsageError
 from metershipper.events import LLM_REQUEST, UsageEvent
 from metershipper.mapper import Mapper
 from metershipper.replay import Replay, task_of
 from metershipper.replay_plan import Plan, decide, make_plan
 from metershipper.replay_reading import BatchLimits, Changed, Reading, Task
 from metershipper.replay_state import ReplayState
-from metershipper.replay_survey import Survey, named_by, survey
+from metershipper.replay_survey import Named, Survey, named_by, survey
 from metershipper.scope import Scope
 
 log = logging.getLogger("metershipper.replay")
 
-NO_ENTRY = "no entry of Kong's among its first and last lines"
+NO_ENTRY = "no entry of Kong's among the lines that were looked at"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,43 +57,51 @@ def look_around(
     on_start(len(named.paths), sum(os.stat(path).st_size for path in named.paths))
     surveys: list[Survey] = []
     for path in named.paths:
-        looked_at = survey(path, state.look_up, on_bytes)
-        is_log = looked_at.first_at is not None or not looked_at.content_bytes
-        if is_log or path not in named.in_directories:
-            surveys.append(looked_at)
+        try:
+            looked_at = survey(path, state.look_up, on_bytes)
+        except UsageError as error:
+            if path not in named.sought:
+                raise
+            named.unreadable[path] = str(error).removeprefix(f"{path}: ")
+            continue
+        if looked_at.shows_no_entry and path in named.sought:
+            named.skipped[path] = NO_ENTRY
         else:
-            named.skipped.append((path, NO_ENTRY))
+            surveys.append(looked_at)
     if not surveys:
-        raise UsageError(f"{', '.join(paths)}: no log in there{_because(named.skipped)}")
-    plan = _plan(config, state, surveys, scope)
-    plan.skipped = named.skipped
+        raise UsageError(f"{', '.join(paths)}: no log in there{_because(named.unreadable | named.skipped)}")
+    plan = _plan(config, state, surveys, scope, named)
     state.seen(record for looked_at in surveys for record in looked_at.records)
     return plan
 
 
-def _because(skipped: Sequence[tuple[str, str]]) -> str:
-    return "".join(f"; {path}: {reason}" for path, reason in skipped[:3])
+def _because(reasons: Mapping[str, str]) -> str:
+    return "".join(f"; {path}: {reason}" for path, reason in islice(reasons.items(), 3))
 
 
-def _plan(config: Config, state: ReplayState, surveys: Sequence[Survey], scope: Scope) -> Plan:
-    window_days = config.openmeter.dedupe_window_days
+def _plan(config: Config, state: ReplayState, surveys: Sequence[Survey], scope: Scope, named: Named) -> Plan:
+    def made(*, may_resume_run: bool, run: int | None) -> Plan:
+        return make_plan(
+            *(surveys, scope, named),
+            window_days=config.openmeter.dedupe_window_days,
+            may_resume_run=may_resume_run,
+            now=time.time(),
+            run_process_id=run,
+        )
 
-    def made(*, may_resume_run: bool) -> Plan:
-        return make_plan(surveys, scope, window_days=window_days, may_resume_run=may_resume_run, now=time.time())
-
-    plan = made(may_resume_run=state.run_process_id is None)
+    run = state.run_process_id
+    plan = made(may_resume_run=run is None, run=run)
     steps = [step for file in plan.files for step in file.decision.steps]
     if any(step.record is not None and step.record.origin == "run" for step in steps) and not state.hold_run_off():
-        plan = made(may_resume_run=False)  # it was started just now
-    plan.run_process_id = state.run_process_id
+        plan = made(may_resume_run=False, run=state.run_process_id)  # it was started just now
     return plan
 
 
 def estimate(config: Config, plan: Plan) -> Estimate | None:
     """What the first lines that are to be sent become, as a measure for all; None where nothing is to be sent."""
     for file in plan.to_send:
-        decision = decide(file.survey, plan.scope, may_resume_run=True, now=time.time())
-        task = task_of(file.survey, decision, decision.steps[0], 0, plan.scope, config.inputs.max_line_bytes)
+        step = file.decision.steps[0]
+        task = task_of(file.survey, file.decision, step, 0, plan.scope, config.inputs.max_line_bytes)
         try:
             with Reading(task, Mapper(config.metering), _NO_LIMITS) as reading:
                 block = reading.next_block()
@@ -119,14 +130,14 @@ def deliver(
     grace_seconds: float,
     watch: Callable[[Replay], Any],
 ) -> Replay:
-    """Send what the plan says. `watch` gives a context in which progress is shown. Raises as `Replay.run` does."""
+    """Send what the plan says; whether that failed is told by `failure`. `watch`: a context that shows progress."""
     replay = Replay(
         *(config, endpoint_of(config, where), state, plan),
         workers=workers,
         events_per_second=events_per_second,
         grace_seconds=grace_seconds,
     )
-    with watch(replay):
+    with watch(replay), suppress(sqlite3.DatabaseError, MeterShipperError):
         asyncio.run(_until_signalled(replay))
     return replay
 
@@ -187,7 +198,7 @@ def dry_run(config: Config, state: ReplayState, plan: Plan, on_bytes: Callable[[
     totals = Totals(Counter(), Counter(), Books())
     mapper = Mapper(config.metering)
     may_resume_run = state.run_process_id is None
-    heads = Counter(file.survey.head for file in plan.files)
+    kinds = Counter(file.survey.kind for file in plan.files)
     for file in plan.files:
         looked_at = file.survey
         while True:
@@ -200,25 +211,27 @@ def dry_run(config: Config, state: ReplayState, plan: Plan, on_bytes: Callable[[
             file_id = state.claim(looked_at, step, plan.scope)
             assert file_id is not None
             task = task_of(looked_at, decision, step, file_id, plan.scope, config.inputs.max_line_bytes)
-            state.imagine(looked_at, step, file_id, plan.scope, _add_up(task, mapper, totals, on_bytes))
-            if heads[looked_at.head] == 1 and len(decision.steps) == 1:
+            end, tail = _add_up(task, mapper, totals, on_bytes)
+            state.imagine(looked_at, step, file_id, plan.scope, end, tail)
+            is_alone = kinds[looked_at.kind] == 1 and len(decision.steps) == 1
+            if is_alone or end == step.start:
                 break  # nothing more can be in it: it need not be unpacked again
     return totals
 
 
-def _add_up(task: Task, mapper: Mapper, totals: Totals, on_bytes: Callable[[int], None]) -> bytes:
-    """Map one step. Returns the bytes before its end, by which it is known. Raises: UsageError naming the file."""
-    tail = b""
+def _add_up(task: Task, mapper: Mapper, totals: Totals, on_bytes: Callable[[int], None]) -> tuple[int, bytes]:
+    """Map one step. Returns how far that went, and the bytes before it. Raises: UsageError naming the file."""
+    end, tail = task.start, b""
     try:
         with Reading(task, mapper, _NO_LIMITS) as reading:
             while (block := reading.next_block()) is not None:
                 for part, mapped in reading.map(block):
                     totals.add(mapped.events)
                     totals.books.update(mapped.books)
-                    tail = part.tail
+                    end, tail = part.end_offset, part.tail
                 on_bytes(block.end_offset - block.start_offset)
     except (Changed, Damaged):
         raise UsageError(f"{task.path}: changed while it was read") from None
     except OSError as error:
         raise UsageError(f"{task.path}: can't be read: {error.strerror}") from None
-    return tail
+    return end, tail

@@ -7,7 +7,8 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -15,10 +16,10 @@ import orjson
 
 from metershipper.config import Config, endpoint_of
 from metershipper.dead_letter_commands import parse_instant
-from metershipper.errors import UsageError
+from metershipper.errors import MeterShipperError, UsageError
 from metershipper.logs import start_logging
 from metershipper.openmeter import Token
-from metershipper.replay_command import deliver, dry_run, estimate, look_around
+from metershipper.replay_command import Estimate, deliver, dry_run, estimate, look_around
 from metershipper.replay_plan import Plan
 from metershipper.replay_report import (
     books_as_dict,
@@ -37,6 +38,13 @@ from metershipper.scope import Scope
 # As for `run`: below the 10 s that Docker grants.
 GRACE_SECONDS = 8.0
 _INTERRUPTED = 3
+_QUESTION = "Did nothing else bill them, and shall they be sent?"
+_NOT_WRITTEN = "standard output can't be written"
+_STATUS = "what is delivered is recorded: see `metershipper status`"
+
+
+class OutputLost(MeterShipperError):
+    """Standard output can't be written."""
 
 
 def replay_paths(
@@ -68,11 +76,21 @@ def replay_paths(
                 plan = look_around(config, state, paths, scope, on_start=on_start, on_bytes=on_bytes)
             told = estimate(config, plan)
             document = {"plan": plan_as_dict(plan, told)}
-            if not as_json:
-                show_plan(plan, told)
+            if not as_json and (lost := _put(lambda: show_plan(plan, told))) is not None:
+                # Sending does not depend on who reads about it, but only `--yes` says so before a plan was seen. And on
+                # a full disk nothing is begun: the state may be on it, too.
+                if dry_run or not yes or not isinstance(lost, BrokenPipeError):
+                    raise OutputLost(f"{_NOT_WRITTEN}: {lost.strerror}; nothing was sent")
+                _say(f"{_NOT_WRITTEN}: {lost.strerror}; goes on, because of --yes; {_STATUS}")
             if dry_run:
                 return _dry(config, state, plan, document, as_json=as_json)
-            _ask(plan, yes=yes, is_shown=not as_json)
+            try:
+                _ask(plan, told, yes=yes, is_shown=not as_json)
+            except UsageError:
+                if as_json:
+                    asked = ". ".join([*plan.doubts, _QUESTION])
+                    _put(lambda: _print(document | {"asked": asked, "result": None}))
+                raise
             if warning := Token(config.openmeter).warning:
                 logging.getLogger("metershipper").warning(warning)
             done = deliver(
@@ -83,10 +101,15 @@ def replay_paths(
                 watch=watching,
             )
             if as_json:
-                _print(document | {"result": result_as_dict(done, state)})
+                lost = _put(lambda: _print(document | {"result": result_as_dict(done, state)}))
             else:
-                show_result(done, state)
-            return done.exit_code
+                lost = _put(lambda: show_result(done, state))
+            if lost is not None:
+                _say(f"{_NOT_WRITTEN}: {lost.strerror}; what became of the files is not shown; {_STATUS}")
+            if done.failure is not None:
+                raise done.failure
+            # A reader that leaves wants no more; of one that gets half a document nobody shall think that it is whole.
+            return done.exit_code if lost is None or isinstance(lost, BrokenPipeError) else OutputLost.exit_code
     except KeyboardInterrupt:
         click.echo("metershipper: interrupted; the same command goes on where this one was", err=True)
         return _INTERRUPTED
@@ -97,13 +120,15 @@ def _dry(config: Config, state: ReplayState, plan: Plan, document: dict[str, Any
         on_start(len(plan.to_send), plan.bytes_to_send)
         totals = dry_run(config, state, plan, on_bytes)
     if as_json:
-        _print(document | {"totals": totals_as_list(totals), "books": books_as_dict(totals.books)})
+        lost = _put(lambda: _print(document | {"totals": totals_as_list(totals), "books": books_as_dict(totals.books)}))
     else:
-        show_totals(totals)
+        lost = _put(lambda: show_totals(totals))
+    if lost is not None:
+        raise OutputLost(f"{_NOT_WRITTEN}: {lost.strerror}; nothing was sent")
     return 0
 
 
-def _ask(plan: Plan, *, yes: bool, is_shown: bool) -> None:
+def _ask(plan: Plan, told: Estimate | None, *, yes: bool, is_shown: bool) -> None:
     """Go on only where nothing can be billed twice, or somebody said so. Raises: UsageError."""
     if not plan.doubtful or yes:
         return
@@ -111,12 +136,34 @@ def _ask(plan: Plan, *, yes: bool, is_shown: bool) -> None:
         names = ", ".join(file.survey.path for file in plan.doubtful[:3])
         others = " and others" if len(plan.doubtful) > 3 else ""
         raise UsageError(
-            f"{plan.warnings[0]}. These are {names}{others}; nothing was sent. If nothing else billed them: --yes"
+            f"{'. '.join(plan.doubts)}. These are {names}{others}; nothing was sent. If nothing else billed them: --yes"
         )
     if not is_shown:
-        click.echo(plan.warnings[0], err=True)
-    if not click.confirm("Did nothing else bill them, and shall they be sent?", err=True):
-        raise UsageError("nothing was sent")
+        show_plan(plan, told, to_stderr=True)
+    try:
+        if click.confirm(_QUESTION, err=True):
+            return
+    except click.Abort:  # Ctrl-C or Ctrl-D: no, without the end of a line
+        click.echo(err=True)
+    raise UsageError("nothing was sent")
+
+
+def _put(show: Callable[[], None]) -> OSError | None:
+    """Print to standard output. Returns why that failed; then all that would follow goes nowhere."""
+    try:
+        show()
+        return None
+    except OSError as error:
+        with suppress(OSError):  # else what is still to be written would fail once more at the exit
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+        return error
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # standard error may be the same closed pipe
+        click.echo(f"metershipper: {line}", err=True)
 
 
 def _print(document: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """What became of the files of a replay, and what was counted of it. Decides what counts as left; never prints."""
 
 import os
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -14,6 +16,8 @@ class Outcome(StrEnum):
 
     DELIVERED = "delivered"
     ALREADY_DELIVERED = "already delivered"
+    COPY = "copy"  # of another file, which is delivered
+    OUTSIDE = "outside the period"
     EMPTY = "empty"
     DAMAGED = "damaged"  # delivered as far as it unpacks
     UNFINISHED = "unfinished last line"
@@ -25,8 +29,10 @@ class Outcome(StrEnum):
     WAITING = "not begun"
 
 
-WHOLE = (Outcome.DELIVERED, Outcome.ALREADY_DELIVERED, Outcome.EMPTY)
+WHOLE = (Outcome.DELIVERED, Outcome.ALREADY_DELIVERED, Outcome.COPY, Outcome.OUTSIDE, Outcome.EMPTY)
 FAULTS = (Outcome.CHANGED, Outcome.UNREADABLE)
+# For so long an endpoint may think about what it was sent before people are told that it is waited for.
+SILENT_SECONDS = 5.0
 
 
 @dataclass(slots=True)
@@ -41,14 +47,37 @@ class FileResult:
 
 @dataclass(slots=True)
 class Tally:
-    """How far a replay is. Bytes are those of content."""
+    """How far a replay is. Bytes are those of content. `books`, and `books_of` each file id, of what was committed."""
 
     total_bytes: int
     read_bytes: int = 0
     entries: int = 0
     events: int = 0
     acknowledged: int = 0
-    books: Books = field(default_factory=Books)  # of what was committed
+    books: Books = field(default_factory=Books)
+    books_of: defaultdict[int, Books] = field(default_factory=lambda: defaultdict(Books))
+    _in_flight: int = 0
+    _heard_at: float = 0.0
+
+    def settled(self, file_id: int, books: Books) -> None:
+        """So much more of a file was committed."""
+        self.books.update(books)
+        self.books_of[file_id].update(books)
+
+    def posted(self, events: int, now: float) -> None:
+        """The endpoint is to answer for these; `now` in seconds since the epoch."""
+        if not self._in_flight:
+            self._heard_at = now
+        self._in_flight += events
+
+    def answered(self, events: int, now: float) -> None:
+        """The endpoint took these, or told that it never will."""
+        self._in_flight -= events
+        self._heard_at = now
+
+    def silent_since(self, now: float) -> float | None:
+        """Since when the endpoint is being waited for; None while it answers, or has nothing to answer."""
+        return self._heard_at if self._in_flight and now - self._heard_at >= SILENT_SECONDS else None
 
 
 def outcome_before(planned: PlannedFile) -> Outcome:
@@ -66,6 +95,8 @@ def outcome_of(looked_at: Survey, decision: Decision, *, sent: bool) -> Outcome:
         return Outcome.LEFT_TO_RUN
     if decision.finding is Finding.EMPTY:
         return Outcome.EMPTY
+    if decision.finding is Finding.OUTSIDE:
+        return Outcome.OUTSIDE
     return Outcome.DELIVERED if sent else Outcome.ALREADY_DELIVERED
 
 
@@ -77,3 +108,11 @@ def outcome_after(looked_at: Survey, decision: Decision) -> Outcome:
     except OSError:
         grew = False  # gone, with all that was in it sent
     return Outcome.GREW if grew and outcome in WHOLE else outcome
+
+
+def tell_copies(results: Sequence[FileResult]) -> None:
+    """A copy whose turn did not come is not left where the file that it is one of was delivered."""
+    delivered = {result.planned.survey.path for result in results if result.outcome is Outcome.DELIVERED}
+    for result in results:
+        if result.outcome is Outcome.WAITING and result.planned.copy_of in delivered:
+            result.outcome = Outcome.COPY

@@ -14,7 +14,7 @@ from metershipper.books import DEAD_LETTERS, Dead, Skip
 from metershipper.content import TAIL_BYTES, open_content
 from metershipper.events import Mapped
 from metershipper.followed import Block, FollowedFile
-from metershipper.mapper import Mapper, nuls, overlong_line
+from metershipper.mapper import Mapper
 from metershipper.records import Sample, Stamp
 from metershipper.scope import Scope, Sieve
 
@@ -96,6 +96,8 @@ class Reading:
             return None
         if block is None and task.may_end_torn:
             block = file.read_rest(task.max_line_bytes)
+            if block is None:
+                raise Changed  # it was longer
         return block
 
     def map(self, block: Block) -> Iterator[tuple[Block, Mapped]]:
@@ -104,12 +106,7 @@ class Reading:
             delivered = [scope for begin, stop, scope in self._task.passed if begin <= part.start_offset < stop]
             scope = self._task.scope
             sieve = Sieve(scope, delivered) if delivered or scope.canonical is not None else None
-            if part.nul_bytes:
-                mapped = nuls(part.nul_bytes)
-            elif part.overlong is not None:
-                mapped = overlong_line(part.overlong, part.start_offset, part.end_offset)
-            else:
-                mapped = self._mapper.map_lines(part.data, part.start_offset, part.format, sieve)
+            mapped = self._mapper.map_block(part, sieve)
             if delivered and mapped.dead_letters:
                 _leave_out_known(mapped)
             yield part, mapped
@@ -121,12 +118,12 @@ class Reading:
         if not inside or not block.data:
             yield block
             return
+        if self._task.end in inside and not block.data[: self._task.end - start].endswith(b"\n"):
+            raise Changed  # what was its last line was written on
         for at in (*inside, block.end_offset):
             data = block.data[start - block.start_offset : at - block.start_offset]
             # Not exact only for the first TAIL_BYTES of a block, whose tail is then shorter: no less true.
             before = (before + data)[-TAIL_BYTES:]
-            if at == self._task.end and not data.endswith(b"\n"):
-                raise Changed  # what was its last line was written on
             yield Block(block.file_id, start, at, data, before, format=block.format)
             if at == self._task.end:
                 return

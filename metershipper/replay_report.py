@@ -3,27 +3,35 @@
 Results go to stdout, progress to stderr: a bar on a terminal, else a line in the log from time to time. Only shows.
 """
 
+import errno
 import logging
+import os
+import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
+from itertools import islice
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from metershipper.books import DEAD_LETTERS, SKIPPED, Books, Count
+from metershipper.books import Books, Count
 from metershipper.filter import summary
 from metershipper.logs import printable
 from metershipper.replay import Replay
-from metershipper.replay_command import Estimate, Totals
-from metershipper.replay_outcome import Outcome
-from metershipper.replay_plan import Finding, Plan, PlannedFile
+from metershipper.replay_command import Estimate, Line, Totals
+from metershipper.replay_outcome import FileResult, Outcome, Tally
+from metershipper.replay_plan import Finding, Plan, PlannedFile, damage_of, so_many_files
 from metershipper.replay_state import ReplayState
 
 log = logging.getLogger("metershipper.replay")
@@ -33,6 +41,10 @@ SHOWN_EVERY_SECONDS = 0.2
 # How many of the files and groups that are passed over are named.
 SHOWN_SKIPPED = 10
 _WIDE = 240
+_UNBOUNDED = 100_000
+# Totals of more days than these are told by month.
+_SHOWN_DAYS = 31
+_BAR_WIDTH = 20  # what stands beside it has to fit on a terminal, too
 
 
 def time_of(seconds: float | None) -> str:
@@ -53,21 +65,22 @@ def size_of(count: int) -> str:
 # The plan
 
 
-def show_plan(plan: Plan, estimate: Estimate | None) -> None:
-    """The files as a table, what is to be sent, and what speaks against it."""
-    console = _console()
+def show_plan(plan: Plan, estimate: Estimate | None, *, to_stderr: bool = False) -> None:
+    """The files as a table, what is to be sent, and what speaks against it. Raises: OSError."""
+    console = _console(to_stderr=to_stderr)
     table = _table("file", "first entry (UTC)", "last entry (UTC)", "", "size", "to send", numbers_from=4)
+    listed: list[Sequence[str]] = []
     for file in plan.files:
         looked_at = file.survey
-        table.add_row(
-            *(escape(printable(looked_at.path)), time_of(looked_at.first_at), time_of(looked_at.last_at)),
-            *(_finding_of(file), size_of(looked_at.stamp.size), size_of(file.bytes_to_send)),
-        )
-    console.print(table)
-    for path, reason in plan.skipped[:SHOWN_SKIPPED]:
+        path, first_at, last_at = printable(looked_at.path), time_of(looked_at.first_at), time_of(looked_at.last_at)
+        finding, sizes = _finding_of(file), (size_of(looked_at.stamp.size), size_of(file.bytes_to_send))
+        table.add_row(*map(escape, (path, first_at, last_at, finding)), *sizes)
+        listed.append((path, f"{finding}: {sizes[0]}, to send {sizes[1]}", f"from {first_at} to {last_at} UTC"))
+    _print(console, table, listed)
+    for path, reason in islice(plan.skipped.items(), SHOWN_SKIPPED):
         console.print(f"passed over: {printable(path)}: {reason}", markup=False)
-    if len(plan.skipped) > SHOWN_SKIPPED:
-        console.print(f"passed over: {len(plan.skipped) - SHOWN_SKIPPED} more files")
+    if (more := len(plan.skipped) - SHOWN_SKIPPED) > 0:
+        console.print(f"passed over: {so_many_files(more)} more")
     console.print(_to_send(plan, estimate), markup=False)
     for warning in plan.warnings:
         console.print(f"! {printable(warning)}", markup=False)
@@ -75,13 +88,25 @@ def show_plan(plan: Plan, estimate: Estimate | None) -> None:
 
 def _to_send(plan: Plan, estimate: Estimate | None) -> str:
     if not plan.to_send:
-        is_all = all(file.finding in (Finding.DELIVERED, Finding.COPY) for file in plan.files)
-        return "nothing to send" + (": all of it is already delivered" if is_all else "")
-    text = f"to send: {size_of(plan.bytes_to_send)} of content from {len(plan.to_send)} files, "
-    text += f"about {plan.entries_to_send:,} entries"
+        findings = {file.finding for file in plan.files}
+        if findings <= {Finding.DELIVERED, Finding.COPY}:
+            return "nothing to send: all of it is already delivered"
+        is_outside = findings <= {Finding.DELIVERED, Finding.COPY, Finding.OUTSIDE}
+        return "nothing to send" + (": nothing is left of the period" if is_outside else "")
+    is_part = plan.scope.canonical is not None
+    text = f"{'to go through' if is_part else 'to send'}: {size_of(plan.bytes_to_send)} of content from "
+    text += f"{so_many_files(len(plan.to_send))}, about {plan.entries_to_send:,} entries"
+    if (events := _events_of(plan, estimate)) is not None:
+        text += f" and {events:,} events"
     if estimate is not None:
-        text += f" and {estimate.events:,} events; at least {_duration(estimate.seconds)} of this machine's work"
-    return text + (f"; only {_scope_of(plan)}" if plan.scope.canonical else "")
+        text += f"; at least {_duration(estimate.seconds)} of this machine's work"
+    return text + (f"; only what is {_scope_of(plan)} is sent" if is_part else "")
+
+
+def _events_of(plan: Plan, estimate: Estimate | None) -> int | None:
+    """The estimate of events; None where what it was made from says nothing of all."""
+    is_period = plan.scope.since is not None or plan.scope.until is not None
+    return None if estimate is None or is_period else estimate.events or None
 
 
 def _scope_of(plan: Plan) -> str:
@@ -92,7 +117,7 @@ def _scope_of(plan: Plan) -> str:
 
 
 def _finding_of(file: PlannedFile) -> str:
-    copy = f" of {escape(printable(file.copy_of))}" if file.copy_of else ""
+    copy = f" of {printable(file.copy_of)}" if file.copy_of else ""
     damaged = ", damaged" if file.survey.damage is not None else ""
     return f"{file.finding}{copy}{damaged}"
 
@@ -103,10 +128,17 @@ def _duration(seconds: float) -> str:
     return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _console() -> Console:
-    """Standard output; what is no terminal is wide enough for any table."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_WIDE)
+class _Console(Console):
+    """What can't be written is told to the caller, also where nobody reads any more: rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+def _console(*, to_stderr: bool = False) -> Console:
+    """Standard output, or error; what is no terminal is wide enough for any table."""
+    console = _Console(highlight=False, stderr=to_stderr)
+    return console if console.is_terminal else _Console(highlight=False, stderr=to_stderr, width=_WIDE)
 
 
 def _table(*columns: str, numbers_from: int) -> Table:
@@ -114,10 +146,22 @@ def _table(*columns: str, numbers_from: int) -> Table:
     table = Table(*columns, box=None, pad_edge=False)
     for column in table.columns:
         column.no_wrap = True
-    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # a path is of no use without its end
     for column in table.columns[numbers_from:]:
         column.justify = "right"
     return table
+
+
+def _print(console: Console, table: Table, listed: Iterable[Sequence[str]]) -> None:
+    """The table; on a terminal that is too narrow for it the rows as they are `listed`: a name, and lines about it."""
+    width = Measurement.get(console, console.options.update(width=_UNBOUNDED), table).maximum
+    if width <= console.width or not console.is_terminal:
+        console.width = max(width, console.width)
+        console.print(table)
+        return
+    for name, *lines in listed:
+        console.print(name, markup=False, soft_wrap=True)
+        for line in lines:
+            console.print(Padding(Text(line), (0, 0, 0, 2)))
 
 
 # Progress
@@ -126,10 +170,10 @@ def _table(*columns: str, numbers_from: int) -> Table:
 @contextmanager
 def looking() -> Iterator[tuple[Callable[[int, int], None], Callable[[int], None]]]:
     """Progress of looking at the files: what to call at its start, with files and bytes, and with each more bytes."""
-    with _bar("looking at the files", DownloadColumn()) as (progress, task):
+    with _bar("looking at the files", DownloadColumn(), TimeRemainingColumn()) as (progress, task):
 
         def start(files: int, size: int) -> None:
-            progress.update(task, total=size, description=f"looking at {files} files")
+            progress.update(task, total=size, description=f"looking at {so_many_files(files)}")
 
         yield start, lambda count: progress.advance(task, count)
 
@@ -138,7 +182,7 @@ def looking() -> Iterator[tuple[Callable[[int, int], None], Callable[[int], None
 def _bar(description: str, *columns: Any, **fields: Any) -> Iterator[tuple[Progress, TaskID]]:
     console = Console(stderr=True)
     progress = Progress(
-        *(TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn()),
+        *(TextColumn("{task.description}"), BarColumn(_BAR_WIDTH), *columns),
         console=console,
         transient=True,
         disable=not console.is_terminal,
@@ -158,7 +202,7 @@ def _bar(description: str, *columns: Any, **fields: Any) -> Iterator[tuple[Progr
 def watching(replay: Replay) -> Iterator[None]:
     """Progress of a delivery: of bytes, entries, events, what is acknowledged, and the time that is left."""
     stopped = threading.Event()
-    with _bar("replaying", DownloadColumn(), TextColumn("{task.fields[rates]}"), rates="") as (progress, task):
+    with _bar("replaying", DownloadColumn(), TextColumn("{task.fields[pace]}"), pace="") as (progress, task):
         progress.update(task, total=replay.tally.total_bytes)
         is_shown = not progress.disable
 
@@ -167,10 +211,11 @@ def watching(replay: Replay) -> Iterator[None]:
             while not stopped.wait(SHOWN_EVERY_SECONDS):
                 now = time.monotonic()
                 if is_shown:
-                    progress.update(task, completed=replay.tally.read_bytes, rates=_rates(replay, now - began))
+                    pace = pace_of(replay.tally, now - began, time.time())
+                    progress.update(task, completed=replay.tally.read_bytes, pace=pace)
                 elif now - told >= TOLD_EVERY_SECONDS:
                     told = now
-                    _tell(replay, now - began)
+                    _tell(replay.tally, now - began)
 
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()
@@ -181,21 +226,23 @@ def watching(replay: Replay) -> Iterator[None]:
             thread.join()
 
 
-def _rates(replay: Replay, seconds: float) -> str:
-    tally = replay.tally
+def pace_of(tally: Tally, seconds: float, now: float) -> str:
+    """How fast it goes, and how long that takes from here; or since when the endpoint is waited for."""
+    if (since := tally.silent_since(now)) is not None:
+        return f"waiting for the endpoint since {time_of(since)} UTC, {tally.acknowledged:,} acknowledged"
+    done = min(1.0, tally.read_bytes / (tally.total_bytes or 1))
+    left = "?" if not done else _duration(seconds * (1 - done) / done)
     return (
-        f"{tally.entries / seconds:,.0f} entries/s, {tally.events / seconds:,.0f} events/s, "
-        f"{tally.acknowledged:,} acknowledged"
+        f"about {left} left, {tally.acknowledged:,} acknowledged, {tally.entries / seconds:,.0f} entries/s, "
+        f"{tally.events / seconds:,.0f} events/s"
     )
 
 
-def _tell(replay: Replay, seconds: float) -> None:
-    tally = replay.tally
+def _tell(tally: Tally, seconds: float) -> None:
     done = tally.read_bytes / (tally.total_bytes or 1)
-    left = "?" if not done else _duration(seconds * (1 - min(1.0, done)) / done)
     log.info(
-        "replaying: %d %% of %s read, %s, about %s left",
-        *(done * 100, size_of(tally.total_bytes), _rates(replay, seconds), left),
+        "replaying: %d %% of %s read, %s",
+        *(done * 100, size_of(tally.total_bytes), pace_of(tally, seconds, time.time())),
         extra={"read_bytes": tally.read_bytes, "events": tally.events, "acknowledged_events": tally.acknowledged},
     )
 
@@ -204,17 +251,30 @@ def _tell(replay: Replay, seconds: float) -> None:
 
 
 def show_result(replay: Replay, state: ReplayState) -> None:
-    """The books per file, and of this replay as a whole."""
+    """What this replay did, per file and as a whole; beside it what earlier ones, or `run`, had done of a file."""
     console = _console()
-    columns = ("entries", "billed", "skipped", "events", "acknowledged", "dead letters")
-    table = _table("file", "", *columns, numbers_from=2)
+    columns = ("entries", "billed", "skipped", "events", "acknowledged", "dead letters", "acknowledged in all")
+    rows: list[tuple[FileResult, list[int]]] = []
     for result in replay.results:
-        books = state.books_of(result.file_ids)
-        numbers = [books[Count.ENTRIES], books[Count.BILLED], books.skipped, books[Count.EVENTS]]
-        numbers += [books[Count.ACKNOWLEDGED], books.dead_letters + books[Count.REFUSED]]
-        shown = [f"{number:,}" for number in numbers] if result.file_ids else [""] * len(numbers)
-        table.add_row(escape(printable(result.planned.survey.path)), str(result.outcome), *shown)
-    console.print(table)
+        numbers: list[int] = []
+        if result.file_ids:
+            books = _books_of(result, replay)
+            numbers = [books[Count.ENTRIES], books[Count.BILLED], books.skipped, books[Count.EVENTS]]
+            numbers += [books[Count.ACKNOWLEDGED], books.dead_letters + books[Count.REFUSED]]
+            in_all = _books_in_all(result, state)
+            numbers.append(numbers[4] if in_all is None else in_all[Count.ACKNOWLEDGED])
+        rows.append((result, numbers))
+    shown = len(columns) if any(numbers and numbers[4] != numbers[6] for _, numbers in rows) else len(columns) - 1
+    table = _table("file", "by this replay", *columns[:shown], numbers_from=2)
+    listed: list[Sequence[str]] = []
+    for result, numbers in rows:
+        path, texts = printable(result.planned.survey.path), [f"{number:,}" for number in numbers[:shown]]
+        table.add_row(escape(path), str(result.outcome), *texts)
+        told = ", ".join(f"{text} {column}" for text, column in zip(texts, columns, strict=False))
+        listed.append((path, f"{result.outcome}; by this replay {told}" if told else str(result.outcome)))
+    _print(console, table, listed)
+    if replay.tally.books:
+        console.print("all files, by this replay:")
     for line in summary(replay.tally.books, "dead letters") if replay.tally.books else ():
         console.print(line, markup=False)
     if refused := replay.tally.books[Count.REFUSED]:
@@ -223,36 +283,68 @@ def show_result(replay: Replay, state: ReplayState) -> None:
         console.print(f"! {printable(line)}", markup=False)
 
 
+def _books_of(result: FileResult, replay: Replay) -> Books:
+    """What this replay settled of a file."""
+    books = Books()
+    for file_id in result.file_ids:
+        books.update(replay.tally.books_of.get(file_id, {}))
+    return books
+
+
+def _books_in_all(result: FileResult, state: ReplayState) -> Books | None:
+    """What was ever settled under its records; None where nothing was begun, or the state can't be read any more."""
+    try:
+        return state.books_of(result.file_ids) if result.file_ids else None
+    except sqlite3.DatabaseError:
+        return None
+
+
 def remarks(replay: Replay) -> list[str]:
     """What is left, and what to do about it."""
     found = [f"{each.planned.survey.path}: {each.note}" for each in replay.results if each.note]
     for result in replay.results:
         looked_at = result.planned.survey
         if result.outcome is Outcome.DAMAGED:
-            found.append(
-                f"{looked_at.path}: does not unpack behind byte {looked_at.content_bytes} of its content "
-                f"({looked_at.damage}); replay it again once it is whole"
-            )
+            found.append(f"{looked_at.path}: {damage_of(looked_at)}; replay it again once it is whole")
         elif result.outcome in (Outcome.GREW, Outcome.UNFINISHED):
             found.append(f"{looked_at.path}: {result.outcome}; replay it again once it is complete")
+    found += [f"{path}: {reason}; it is left" for path, reason in replay.unreadable.items()]
     if replay.was_stopped:
-        found.append("stopped: the same command goes on where this one was, and sends nothing twice")
+        found.append("stopped: the same command goes on where this one was, and nothing is billed twice")
     if replay.tally.books.dead_letters or replay.tally.books[Count.REFUSED]:
         found.append("dead letters: see `metershipper dead-letters list`")
     return found
 
 
 def show_totals(totals: Totals) -> None:
-    """What a dry run found."""
+    """What a dry run found: by day, or by month where these are too many."""
     console = _console()
-    table = _table("subject", "day (UTC)", "event type", "model", "direction", "events", "tokens", numbers_from=5)
-    for line, events, tokens in totals.lines():
-        shown = (printable(line.subject), line.day, line.event_type, printable(line.model or ""), line.direction or "")
-        table.add_row(*map(escape, shown), f"{events:,}", "" if tokens is None else f"{tokens:,}")
-    console.print(table)
+    length, unit = (10, "day") if _days_of(totals) <= _SHOWN_DAYS else (7, "month")
+    events, tokens = Counter[Line](), Counter[Line]()
+    for line, count, tokens_of_it in totals.lines():
+        events[line._replace(day=line.day[:length])] += count
+        tokens[line._replace(day=line.day[:length])] += tokens_of_it or 0
+    names = ("subject", f"{unit} (UTC)", "event type", "model", "direction")
+    table = _table(*names, "events", "tokens", numbers_from=5)
+    listed: list[Sequence[str]] = []
+    for line, count in events.items():
+        subject, model, direction = printable(line.subject), printable(line.model or ""), line.direction or ""
+        counted = f"{tokens[line]:,}" if line.direction else ""
+        table.add_row(*map(escape, (subject, line.day, line.event_type, model, direction)), f"{count:,}", counted)
+        what = " ".join(filter(None, (line.day, line.event_type, model, direction)))
+        listed.append((subject, f"{what}: {count:,} events" + (f", {counted} tokens" if counted else "")))
+    _print(console, table, listed)
+    if unit == "month":
+        console.print(f"by day: with --json, or with --since and --until of at most {_SHOWN_DAYS} days")
     for text in summary(totals.books):
         console.print(text, markup=False)
     console.print("dry run: nothing was sent, nothing was recorded")
+
+
+def _days_of(totals: Totals) -> int:
+    """How many days there are from the first to the last one."""
+    days = [date.fromisoformat(line.day) for line in totals.events]
+    return (max(days) - min(days)).days + 1 if days else 0
 
 
 # JSON
@@ -276,10 +368,11 @@ def plan_as_dict(plan: Plan, estimate: Estimate | None) -> dict[str, Any]:
             }
             for file in plan.files
         ],
-        "passed_over": [{"path": path, "reason": reason} for path, reason in plan.skipped],
+        "passed_over": [{"path": printable(path), "reason": why} for path, why in plan.skipped.items()],
+        "unreadable": [{"path": printable(path), "reason": why} for path, why in plan.unreadable.items()],
         "bytes_to_send": plan.bytes_to_send,
         "estimated_entries": plan.entries_to_send,
-        "estimated_events": None if estimate is None else estimate.events,
+        "estimated_events": _events_of(plan, estimate),
         "warnings": plan.warnings,
     }
 
@@ -291,19 +384,21 @@ def _rfc3339(seconds: float | None) -> str | None:
 
 
 def result_as_dict(replay: Replay, state: ReplayState) -> dict[str, Any]:
-    """What became of the files, for `--json`."""
+    """What became of the files, for `--json`. `books` are those of this replay, `books_in_all` all of a file."""
     return {
         "files": [
             {
                 "path": result.planned.survey.path,
                 "outcome": str(result.outcome),
-                "books": books_as_dict(state.books_of(result.file_ids)) if result.file_ids else None,
+                "books": books_as_dict(_books_of(result, replay)) if result.file_ids else None,
+                "books_in_all": None if (in_all := _books_in_all(result, state)) is None else books_as_dict(in_all),
             }
             for result in replay.results
         ],
         "books": books_as_dict(replay.tally.books),
         "remarks": remarks(replay),
         "stopped": replay.was_stopped,
+        "failure": None if replay.failure is None else str(replay.failure),
         "exit_code": replay.exit_code,
     }
 
@@ -315,6 +410,4 @@ def totals_as_list(totals: Totals) -> list[dict[str, Any]]:
 
 def books_as_dict(books: Books) -> dict[str, Any]:
     """Counts by name, reasons as nested tables, as in `status --json`."""
-    plain: dict[str, Any] = {str(count): books[count] for count in Count}
-    reasons = {"skipped": books.by_reason(SKIPPED), "dead_letters": books.by_reason(DEAD_LETTERS)}
-    return plain | reasons | {"balanced": books.balanced}
+    return books.as_dict() | {"balanced": books.balanced}

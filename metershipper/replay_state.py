@@ -5,8 +5,9 @@ A dry run holds no lock, changes nothing, and remembers what it would have sent.
 """
 
 import os
+import sqlite3
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from metershipper.housekeeping import tell_bounds
 from metershipper.ledger import Settled
 from metershipper.records import Identity, NewFile, Sample, StoredFile
 from metershipper.replay_plan import Step
-from metershipper.replay_survey import Survey
+from metershipper.replay_survey import Survey, states_of
 from metershipper.scope import Scope
 from metershipper.state import REPLAY_HELD, REPLAY_LOCK_NAME, StateLock, holder_of
 
@@ -46,6 +47,7 @@ class ReplayState:
             else:
                 stack.enter_context(StateLock(self._directory, REPLAY_LOCK_NAME, REPLAY_HELD))
                 self._checkpoint = stack.enter_context(self._brought_up_to_date())
+                self._abandon(self._checkpoint)
             self._stack = stack.pop_all()
         return self
 
@@ -53,6 +55,18 @@ class ReplayState:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+        if isinstance(error, sqlite3.DatabaseError):
+            raise self._told(error) from None
+
+    def _told(self, error: sqlite3.DatabaseError) -> StateError:
+        return StateError(f"{self._directory}: {error}; nothing is lost, the same command resumes")
+
+    def _abandon(self, checkpoint: Checkpoint) -> None:
+        try:
+            with checkpoint.transaction():
+                checkpoint.replays.abandon()
+        except sqlite3.DatabaseError as error:
+            raise self._told(error) from None
 
     def _brought_up_to_date(self) -> Checkpoint:
         """The checkpoint: of today's schema, made so if nobody uses it, or as the process that uses it made it."""
@@ -101,7 +115,7 @@ class ReplayState:
         except OSError:
             return False
         place = (status.st_dev, status.st_ino)
-        found = frozenset((record.file_id, record.position) for record in self.look_up(survey.heads, place))
+        found = states_of(self.look_up(survey.heads, place))
         stamp = status.st_size, status.st_mtime_ns
         return (place, stamp, found) == (survey.identity, tuple(survey.stamp), survey.candidates)
 
@@ -134,19 +148,19 @@ class ReplayState:
                 return step.record.file_id if resumed else None
             path = os.path.abspath(survey.path)
             new = NewFile(path, 0, 0, survey.head, step.start, compressed=survey.compressed)
-            known = [file_id for file_id, _ in survey.candidates]
+            known = [file_id for file_id, *_ in survey.candidates]
             return table.claim(new, scope.canonical, self._replay, known, time.time())
 
-    def imagine(self, survey: Survey, step: Step, file_id: int, scope: Scope, tail: bytes) -> None:
-        """Take a step for done, in a dry run."""
-        new = StoredFile(file_id, survey.path, None, None, survey.head, Sample.of(tail), step.end)
+    def imagine(self, survey: Survey, step: Step, file_id: int, scope: Scope, end: int, tail: bytes) -> None:
+        """Take a step for done, up to `end`, in a dry run."""
+        new = StoredFile(file_id, survey.path, None, None, survey.head, Sample.of(tail), end)
         start = step.start if step.record is None else step.record.start_offset
         self._imagined.append(replace(new, start_offset=start, origin="replay", scope=scope.canonical))
 
-    def commit(self, settled: Sequence[Settled]) -> None:
+    def commit(self, settled: Sequence[Settled], left: Mapping[int, bool]) -> None:
         """See `Checkpoint.commit`."""
         assert self._checkpoint is not None
-        self._checkpoint.commit(settled)
+        self._checkpoint.commit(settled, left)
 
     def keep_bounds(self) -> None:
         """Bound the dead letters, as `run` does from time to time."""
@@ -155,9 +169,3 @@ class ReplayState:
                 table, now = self._checkpoint.dead_letters, time.time()
                 expired, fill = table.expire(now), table.fill(now)
             tell_bounds(expired, fill)
-
-    def leave(self, file_ids: Collection[int], *, complete: bool) -> None:
-        """These are not read by this replay any more; `complete`: nothing is left of them."""
-        if file_ids and self._checkpoint is not None:
-            with self._checkpoint.transaction():
-                self._checkpoint.replays.leave(file_ids, complete)

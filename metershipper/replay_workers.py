@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 from metershipper.batcher import Batch, Span
 from metershipper.errors import MeterShipperError
+from metershipper.isolate import select
 from metershipper.mapper import Mapper
 from metershipper.metering import Metering
 from metershipper.replay_reading import FAULTY_READING, BatchLimits, Reading, Task
@@ -64,6 +65,22 @@ class Spans:
             Batch(body, events, [self._share(*share) for share in shares]) for body, events, shares in message.batches
         ]
 
+    def take_rest(self, message: Message) -> list[Batch]:
+        """Of a message that comes after a stop: what earlier spans still wait for, and nothing of its own."""
+        rest: list[Batch] = []
+        for body, events, shares in message.batches:
+            wanted = [self._share(*share) for share in shares if share[0] in self._waiting]
+            count = sum(each for _, each in wanted)
+            batch = Batch(body, events, wanted)
+            if count:
+                rest += [batch] if count == events else select(batch, [range(count)])  # the earlier ones come first
+        return rest
+
+    @property
+    def waits(self) -> bool:
+        """Whether there are spans of which not all events came."""
+        return bool(self._waiting)
+
     def _share(self, end_offset: int, events: int) -> tuple[Span, int]:
         span, left = self._waiting.pop(end_offset)
         if left > events:
@@ -82,7 +99,10 @@ def main() -> None:
         fcntl.fcntl(target, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
     gc.freeze()  # what was imported stays; and of what is made of lines next to nothing is a cycle
     gc.set_threshold(100_000)
-    metering, limits = _received(source)
+    try:
+        metering, limits = _received(source)
+    except EOFError:
+        return  # the parent was killed at once
     mapper = Mapper(metering)
     tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
     stopped = threading.Event()
@@ -175,7 +195,8 @@ class Worker:
     async def __aexit__(self, *_: object) -> None:
         if self._process.returncode is None:
             self._process.kill()
-        await self._process.wait()
+        # `wait` waits for the end of its output, too, which is not seen while nobody reads what is before it.
+        await self._process.communicate()
 
     @property
     def process_id(self) -> int:

@@ -17,14 +17,15 @@ from dataclasses import dataclass
 from metershipper.batcher import Batch, Batcher, Span
 from metershipper.books import Books, Dead
 from metershipper.checkpoint import Checkpoint
+from metershipper.committer import Committer
 from metershipper.config import Config, HttpLog, endpoint_of
 from metershipper.errors import StateError
 from metershipper.events import Mapped
 from metershipper.files import FileSet
 from metershipper.followed import Block
 from metershipper.housekeeping import Housekeeping
-from metershipper.ledger import Ledger, Settled, merge
-from metershipper.mapper import Mapper, nuls, overlong_line
+from metershipper.ledger import Ledger, Settled
+from metershipper.mapper import Mapper
 from metershipper.openmeter import Endpoint
 from metershipper.redelivery import Redelivery
 from metershipper.retry import Answer
@@ -35,9 +36,6 @@ from metershipper.tailer import Tailer
 
 log = logging.getLogger("metershipper")
 
-# Commits are gathered for this long, so that fsync does not limit throughput.
-COMMIT_INTERVAL_SECONDS = 0.1
-COMMIT_RETRY_SECONDS = 1.0
 # While Kong waits for an answer, reading pauses for this long after each block: what is on disk can wait, what Kong
 # still has can be lost.
 RECEIVING_FIRST_SECONDS = 0.02
@@ -72,9 +70,7 @@ class Sidecar:
         self._batcher = Batcher(settings.batch.max_events, settings.batch.max_bytes, settings.batch.max_wait_seconds)
         self._ledger = Ledger()
         self._batches: asyncio.Queue[Batch] = asyncio.Queue(maxsize=settings.max_in_flight)
-        self._settled = asyncio.Event()
-        self._uncommitted: list[Settled] = []
-        self._shipped = False
+        self._committer = Committer(self._ledger, self._write)
         self._untold: Counter[Dead] = Counter()
         self._tell_again_at = 0.0
         self._in_flight_at_stop = 0
@@ -96,7 +92,7 @@ class Sidecar:
         Raises: StateInUse, StateError, ConfigError before anything is read.
         """
         async with AsyncExitStack() as stack:
-            checkpoint = self._open_state(stack)
+            checkpoint = self._checkpoint = self._open_state(stack)
             endpoint = await stack.enter_async_context(Endpoint(self._url, self._config.openmeter))
             inputs = self._config.inputs
             files = FileSet(inputs.files, checkpoint, time.monotonic, inputs.max_line_bytes)
@@ -115,13 +111,11 @@ class Sidecar:
                 await tailer.start()
             except sqlite3.OperationalError as error:
                 raise StateError(f"{self._config.state.directory}: can't be written: {error}") from None
-            # The committer is outside the tasks that a stop cancels: a commit is never cut off half-way.
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(self._commit_settled(checkpoint))
+                    tasks.create_task(self._committer.run())
                     await self._read_and_ship(tailer, shipper, housekeeping)
-                    self._shipped = True
-                    self._settled.set()
+                    self._committer.finish()
             except* sqlite3.DatabaseError as errors:
                 raise StateError(f"{self._config.state.directory}: {errors.exceptions[0]}; nothing is lost") from None
             with suppress(sqlite3.OperationalError):  # recorded at the next start: it sends them with the same ids
@@ -229,19 +223,14 @@ class Sidecar:
             await self._batches.put(batch)
 
     def _take(self, block: Block) -> None:
-        if block.nul_bytes:
-            mapped = nuls(block.nul_bytes)
-        elif block.overlong is not None:
-            mapped = overlong_line(block.overlong, block.start_offset, block.end_offset)
-        else:
-            mapped = self._mapper.map_lines(block.data, block.start_offset, block.format)
+        mapped = self._mapper.map_block(block)
         place = (block.file_id, block.end_offset, block.tail)
         span = Span.of(*place, mapped, block.start_offset, time.monotonic())
         self._tell_dead_letters(mapped)
         self._ledger.opened(span)
         self._batcher.add(span, mapped.events, time.monotonic())
         if not mapped.events:
-            self._settled.set()
+            self._committer.wake()
 
     def _tell_dead_letters(self, mapped: Mapped) -> None:
         """Say that a person is needed; a flood of bad lines is summed up from time to time."""
@@ -257,38 +246,18 @@ class Sidecar:
 
     def _accepted(self, batch: Batch) -> None:
         self._ledger.acknowledged(batch)
-        self._settled.set()
+        self._committer.wake()
 
     def _refused(self, batch: Batch, answer: Answer) -> None:
         self._ledger.refused(batch, answer)
-        self._settled.set()
+        self._committer.wake()
 
-    async def _commit_settled(self, checkpoint: Checkpoint) -> None:
-        """Commit what is settled, until everything that was shipped is."""
-        while True:
-            await self._settled.wait()
-            self._settled.clear()
-            last = self._shipped
-            committed = await self._commit(checkpoint)
-            if last:
-                return
-            await asyncio.sleep(COMMIT_INTERVAL_SECONDS if committed else COMMIT_RETRY_SECONDS)
+    async def _write(self, settled: list[Settled]) -> None:
+        if settled:
+            await asyncio.to_thread(self._write_durably, settled)
 
-    async def _commit(self, checkpoint: Checkpoint) -> bool:
-        self._uncommitted = merge(self._uncommitted, self._ledger.take_settled())
-        if not self._uncommitted:
-            return True
-        try:
-            await asyncio.to_thread(self._write, checkpoint, self._uncommitted)
-        except sqlite3.OperationalError as error:
-            log.error("positions can't be written (%s); nothing is lost, trying again", error)
-            self._settled.set()
-            return False
-        self._uncommitted = []
-        return True
-
-    def _write(self, checkpoint: Checkpoint, settled: list[Settled]) -> None:
-        checkpoint.commit(settled)
+    def _write_durably(self, settled: list[Settled]) -> None:
+        self._checkpoint.commit(settled)
         for ground in settled:
             if self._spool is not None and ground.file_id == self._spool.file_id:
                 self._spool.settled(ground.end_offset)

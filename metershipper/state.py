@@ -18,6 +18,10 @@ _HELD = (
     "in use by process {holder}; one state directory serves one process: "
     "stop that one, or give this one its own state.directory"
 )
+_HELD_BY_REPLAY = (
+    "process {holder} is replaying what `run` began to read, and will come to its end: start this again then, "
+    "or stop the replay with Ctrl-C or SIGTERM"
+)
 REPLAY_HELD = "process {holder} is replaying; one replay at a time: wait for it, or stop it with Ctrl-C or SIGTERM"
 
 
@@ -54,7 +58,9 @@ class StateLock:
         while not _try_lock(self._fd, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
                 holder = _pid_in(self._fd) or "unknown"
-                raise StateInUse(f"{self._directory}: {self._held.format(holder=holder)}")
+                is_replay = self._held is _HELD and holder == str(holder_of(self._directory, REPLAY_LOCK_NAME))
+                held = _HELD_BY_REPLAY if is_replay else self._held
+                raise StateInUse(f"{self._directory}: {held.format(holder=holder)}")
             time.sleep(0.05)
         os.pwrite(self._fd, f"{os.getpid():<{_PID_BYTES - 1}}\n".encode(), 0)
 

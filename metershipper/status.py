@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from metershipper.books import DEAD_LETTERS, RECEIVED, SKIPPED, Books, Count, Received
+from metershipper.books import RECEIVED, Books, Count, Received
 from metershipper.checkpoint import Checkpoint
 from metershipper.errors import StateError
 from metershipper.filter import summary
@@ -23,7 +23,7 @@ from metershipper.records import Gap, Identity, StoredFile
 from metershipper.rotation import logs_of
 from metershipper.segments import segments_in
 from metershipper.spool import SPOOL_DIRECTORY
-from metershipper.state import holder_of
+from metershipper.state import REPLAY_LOCK_NAME, holder_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,10 @@ class SpoolStatus:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The state of one state directory. `process_id`: of the running process, None when there is none."""
+    """The state of one state directory. `process_id`: of the running process, None when there is none.
+
+    `replaying`: likewise of the replay that is at work.
+    """
 
     state_directory: str
     process_id: int | None
@@ -58,22 +61,21 @@ class Status:
     books: Books
     oldest_unsettled_seconds: int = 0  # how long the oldest lines wait for delivery, if that is 10 s or more
     spool: SpoolStatus | None = None  # None where nothing was ever received
+    replaying: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The report for `--json`: counts by name, reasons as nested tables."""
-        plain = {str(count): self.books[count] for count in Count}
         return {
             "state_directory": self.state_directory,
             "running": self.process_id is not None,
             "process_id": self.process_id,
+            "replaying": self.replaying,
             "oldest_unsettled_seconds": self.oldest_unsettled_seconds,
             "files": [asdict(file) for file in self.files],
             "spool": None if self.spool is None else asdict(self.spool),
             "gaps": [_plain_gap(gap) for gap in self.gaps],
-            "books": plain
+            "books": self.books.as_dict()
             | {
-                "skipped": self.books.by_reason(SKIPPED),
-                "dead_letters": self.books.by_reason(DEAD_LETTERS),
                 "received": {count.removeprefix(RECEIVED): self.books[count] for count in Received},
                 "balanced": self.books.balanced and self.books.events_balanced,
             },
@@ -93,10 +95,12 @@ def read_status(directory: Path) -> Status:
             stored = [file for file in checkpoint.files() if file.identity is not None and not file.history]
             there = _files_in({os.path.dirname(file.path) or "." for file in stored})
             files = [_file_status(file, there) for file in stored]
-            holder, since = holder_of(directory), checkpoint.oldest_unsettled_at()
+            holder, replaying = holder_of(directory), holder_of(directory, REPLAY_LOCK_NAME)
+            holder = None if holder == replaying else holder  # which keeps `run` off what that began
+            since = checkpoint.oldest_unsettled_at()
             waits = 0 if holder is None or since is None else max(0, round(time.time()) - since)
             spool = _spool_status(directory, checkpoint.spool_position())
-            return Status(str(directory), holder, files, checkpoint.gaps(), checkpoint.books(), waits, spool)
+            return Status(str(directory), holder, files, checkpoint.gaps(), checkpoint.books(), waits, spool, replaying)
     except OSError as error:
         raise StateError(f"{directory}: can't be read: {error.strerror}") from None
 
@@ -144,6 +148,8 @@ def render(status: Status) -> None:
     """Print the report for people."""
     console = Console(highlight=False, soft_wrap=True)
     running = f"running as process {status.process_id}" if status.process_id is not None else "not running"
+    if status.replaying is not None:
+        running += f"; process {status.replaying} is replaying"
     console.print(f"{status.state_directory}: {running}", markup=False)
     present = [file for file in status.files if file.size_bytes is not None]
     table = Table("file", "position", "size", "unread", box=None, pad_edge=False)
@@ -156,7 +162,7 @@ def render(status: Status) -> None:
     if present:
         console.print(table)
     if gone := len(status.files) - len(present):
-        console.print(f"and {gone} files that are gone")
+        console.print(f"and {gone} file{' that is' if gone == 1 else 's that are'} gone")
     if status.spool is not None:
         sizes = f"{status.spool.size_bytes:,} bytes, {status.spool.unread_bytes:,} unread"
         received = [f"{reason} {count:,}" for reason, count in status.books.by_reason(RECEIVED).items()]

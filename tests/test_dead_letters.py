@@ -297,6 +297,7 @@ def test_how_long_usage_waits_is_noted_when_it_changes(checkpoint: Checkpoint) -
     )
 
     async def run() -> list[int | None]:
+        checkpoint.note_oldest_unsettled(5)  # of the process before
         noted = []
         for _ in range(7):
             await keeper._note_age()

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,7 @@ def replayed(site: Site, position: int, *, done: bool = True, scope: str | None 
     site.checkpoint.commit([Settled(file_id, position, DATA[max(0, position - 256) : position])])
     if done:
         with site.checkpoint.transaction():
-            site.checkpoint.replays.leave([file_id], complete=True)
+            site.checkpoint.replays.leave(file_id, is_whole=True)
     return file_id
 
 
@@ -98,7 +99,7 @@ def test_what_is_being_replayed_is_left_alone_until_that_is_done(site: Site) -> 
         assert site.read() == b""
         site.checkpoint.commit([Settled(file_id, len(DATA), DATA[-256:])])
         with site.checkpoint.transaction():
-            site.checkpoint.replays.leave([file_id], complete=True)
+            site.checkpoint.replays.leave(file_id, is_whole=True)
         append(site.log, lines(10))
         assert site.read() == lines(10)
 
@@ -115,6 +116,28 @@ def test_what_a_killed_replay_left_is_taken_over(site: Site) -> None:
         assert not site.checkpoint.replays.resume(before, HEAD, 4712)
         assert site.checkpoint.replays.claim(NewFile("/a", 0, 0, HEAD), None, 4712, [], 0.0) is None
         assert site.checkpoint.replays.claim(NewFile("/a", 0, 0, HEAD), None, 4712, [file_id], 0.0) is not None
+
+
+@pytest.mark.parametrize("behind", [b"", lines(10)])
+def test_what_was_taken_over_is_known_also_if_it_can_not_be_followed_at_once(
+    site: Site, behind: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full for a moment, between two transactions: it is not read from its beginning for that."""
+    append(site.log, lines(500))
+    assert site.read() == lines(500)
+    replayed(site, len(DATA))
+    Path(f"{site.log}.1").write_bytes(DATA + behind)
+    site.pass_time(LISTING_SECONDS + 1)
+
+    def full(_: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(site.checkpoint, "update", full)
+        with pytest.raises(sqlite3.OperationalError):
+            site.read()
+    site.pass_time(LISTING_SECONDS + 1)
+    assert site.read() == behind
 
 
 def test_of_two_that_meet_the_same_content_one_reads_it(site: Site) -> None:

@@ -35,13 +35,20 @@ def survey_of(*records: StoredFile, **changes: Any) -> Survey:
 
 
 def record(
-    position: int, start: int = 0, scope: Scope | None = None, *, by: Any = "replay", history: bool = False
+    position: int,
+    start: int = 0,
+    scope: Scope | None = None,
+    *,
+    by: Any = "replay",
+    history: bool = False,
+    seen: int | None = None,
 ) -> StoredFile:
     number = position + start + 1
     text = None if scope is None else scope.canonical
     return StoredFile(
         *(number, "old.log", None, None, HEAD, Sample(), position),
         history=history,
+        seen_bytes=seen,
         start_offset=start,
         origin=by,
         scope=text,
@@ -157,8 +164,10 @@ def test_the_oldest_goes_first_and_a_copy_is_told() -> None:
         (survey_of(first_at=NOW - 40 * DAY), Scope(), 32, True),
         (survey_of(first_at=NOW - 40 * DAY), Scope(), 45, False),
         (survey_of(first_at=NOW - 1), Scope(), 0, True),
-        (survey_of(first_at=None, last_at=None, content_bytes=10**9), Scope(), 32, True),
-        (survey_of(first_at=None, last_at=None), Scope(), 32, False),
+        (survey_of(record(500, seen=500), first_at=NOW - 40 * DAY), Scope(), 32, True),  # put together of two files
+        (survey_of(record(500, seen=500), first_at=NOW - 40 * DAY, times=((500, NOW - DAY),)), Scope(), 32, False),
+        (survey_of(record(500, seen=500), first_at=NOW - 40 * DAY, times=((600, NOW - 33 * DAY),)), Scope(), 32, True),
+        (survey_of(record(500, seen=600), first_at=NOW - 40 * DAY), Scope(), 32, False),
         (survey_of(record(500), first_at=NOW - 40 * DAY), Scope(), 32, False),
         (survey_of(record(1000), first_at=NOW - 40 * DAY), Scope(), 32, False),
         (survey_of(record(1000, 300, by="run"), first_at=NOW - 40 * DAY), Scope(), 32, True),  # read from its end
@@ -174,3 +183,68 @@ def test_only_what_nobody_knows_any_more_is_doubtful(
     plan = make_plan([survey], scope, window_days=window_days, may_resume_run=True, now=NOW)
     assert bool(plan.doubtful) == doubtful
     assert any("openmeter.dedupe_window_days" in warning for warning in plan.warnings) == doubtful
+
+
+def test_content_behind_a_complete_record_is_counted_alone() -> None:
+    """Case 63: `cat may.log june.log`, of which may was delivered: what is asked about is june."""
+    plan = make_plan(
+        [survey_of(record(600, seen=600), first_at=NOW - 90 * DAY)],
+        *(Scope(),),
+        window_days=32,
+        may_resume_run=True,
+        now=NOW,
+    )
+    assert plan.files[0].finding is Finding.PARTLY_DELIVERED
+    assert "1 file with content that is not known here, up to 400 bytes and about 4 entries" in plan.doubts[0]
+
+
+@pytest.mark.parametrize("size", [1000, 10**9])
+def test_a_named_file_without_an_entry_is_doubtful(size: int) -> None:
+    odd = survey_of(first_at=None, last_at=None, content_bytes=size, end=Sample(9, "odd"))
+    plan = make_plan([odd, survey_of()], Scope(), window_days=32, may_resume_run=True, now=NOW)
+    assert [file.survey for file in plan.doubtful] == [odd]
+    (doubt,) = plan.doubts
+    assert doubt.startswith("1 file without any entry of Kong's") and "old.log" in doubt
+    begun = survey_of(record(500), first_at=None, last_at=None)
+    assert not make_plan([begun], Scope(), window_days=32, may_resume_run=True, now=NOW).doubtful
+
+
+@pytest.mark.parametrize(
+    ("since", "until", "changes", "is_outside"),
+    [
+        (3.5, None, {}, False),  # its entries ended up to a day later
+        (4.5, None, {}, True),
+        (None, -9, {}, False),
+        (None, -11, {}, True),
+        (4.5, None, {"in_order": False}, False),
+        (4.5, None, {"last_at": None, "first_at": None}, False),
+        (4.5, None, {"damage": "it ends in the middle"}, False),
+        (4.5, None, {"records": (record(500),)}, True),
+    ],
+)
+def test_a_file_outside_of_the_period_is_not_sent(
+    since: float | None, until: float | None, changes: dict[str, Any], is_outside: bool
+) -> None:
+    """Ten days before to three days after some time; bounds are days from then on."""
+    then = NOW - 60 * DAY
+    bounds = [None if each is None else then + each * DAY for each in (since, until)]
+    scope = Scope.of(bounds[0], bounds[1], None)
+    values = {"first_at": then - 10 * DAY, "last_at": then + 3 * DAY} | changes
+    plan = make_plan([survey_of(**values)], scope, window_days=32, may_resume_run=True, now=NOW)
+    assert (plan.files[0].finding is Finding.OUTSIDE) == is_outside
+    assert (plan.bytes_to_send == 0) == is_outside
+    assert not is_outside or not plan.warnings
+
+
+def test_run_is_named_by_its_process() -> None:
+    plan = make_plan([survey_of(RUN_HALF)], Scope(), window_days=32, may_resume_run=False, now=NOW, run_process_id=4711)
+    (warning,) = plan.warnings
+    assert "1 file begun by `run` (process 4711) and left to it, which reads it on" in warning
+
+
+def test_damage_is_told_in_one_sentence() -> None:
+    """(case 29)"""
+    damaged = survey_of(content_bytes=5000, lines_end=1700, damage="incorrect data check", first_at=NOW - 1)
+    plan = make_plan([damaged], Scope(), window_days=32, may_resume_run=True, now=NOW)
+    assert "old.log: damaged (incorrect data check): from byte 1,700 of its content on" in plan.warnings[0]
+    assert "5000" not in plan.warnings[0]

@@ -11,7 +11,7 @@ import zstandard
 from metershipper.content import open_content
 from metershipper.errors import UsageError
 from metershipper.records import Sample, StoredFile
-from metershipper.replay_survey import heads_of, named_by, survey
+from metershipper.replay_survey import heads_of, named_by, survey, times_in
 from metershipper.traffic import Traffic
 
 START_MS = 1_790_000_000_000
@@ -49,7 +49,7 @@ def test_whatever_it_is_compressed_with_content_is_the_same(tmp_path: Path, form
     seen = survey(str(path), lambda heads, place: known, read.append)
     assert (seen.content_bytes, seen.lines_end, seen.damage) == (len(data), len(data), None)
     assert (seen.compressed, seen.head, seen.end) == (form != "plain", Sample.of(lines[0]), Sample.of(data[-256:]))
-    assert [record.file_id for record in seen.records] == [1, 3, 4, 5]
+    assert [record.file_id for record in seen.records] == [1, 4, 5]
     assert seen.lines == 400 if form != "plain" else abs(seen.lines - 400) < 20
     assert abs((seen.first_at or 0) - START_MS / 1000) < 60
     assert (seen.last_at or 0) > (seen.first_at or 0)
@@ -127,7 +127,7 @@ def test_files_globs_and_directories_name_each_file_once(tmp_path: Path) -> None
     assert [Path(path).relative_to(tmp_path).as_posix() for path in named.paths] == [
         *("odd[1].log", "a.log", "b/c.log.1")
     ]
-    reasons = {Path(path).name: reason for path, reason in named.skipped}
+    reasons = {Path(path).name: reason for path, reason in named.skipped.items()}
     assert reasons == {
         ".hidden": "hidden",
         "d.bz2": "compressed in a way that can't be unpacked here",
@@ -156,3 +156,90 @@ def test_what_can_not_be_replayed_is_named(
     with pytest.raises(UsageError, match=words) as refused:
         named_by([name])
     assert str(refused.value).startswith(name)
+
+
+def test_what_was_not_named_itself_is_told_and_holds_nothing_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Links, what a pattern brings beside logs, and a directory that can't be listed."""
+    for name in ("a.log", "a.log~", "picture.zip", "b/c.log", "closed/d.log", "other/e.log"):
+        (tmp_path / "kong" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "kong" / name).write_bytes(b"{}\n")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "f.log").write_bytes(b"{}\n")
+    monkeypatch.chdir(tmp_path / "kong")
+    os.symlink("../elsewhere/f.log", "to_a_file.log")
+    os.symlink("../elsewhere", "to_a_directory")
+    os.symlink("nowhere", "b/dangling")
+    really = os.scandir
+
+    def scandir(path: str) -> object:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", path)
+        return really(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    named = named_by(["."])
+    assert named.paths == ["./a.log", "./to_a_file.log", "./b/c.log", "./other/e.log"]
+    skipped = {os.path.relpath(path): reason for path, reason in named.skipped.items()}
+    assert skipped == {
+        "a.log~": "left behind by an editor or a copy",
+        "picture.zip": "compressed in a way that can't be unpacked here",
+        "to_a_directory": "a link to a directory",
+        "b/dangling": "a link that leads nowhere",
+    }
+    assert named.unreadable == {str(tmp_path / "kong" / "closed"): "can't be listed: Permission denied"}
+    assert named.sought == set(named.paths)
+    by_pattern = named_by(["a.log", "*", "./*"])
+    assert by_pattern.paths == ["a.log", "to_a_file.log"]
+    assert by_pattern.sought == {"to_a_file.log"}
+    assert len(by_pattern.skipped) == 2  # each once
+    with pytest.raises(UsageError, match="closed: can't be read: Permission denied"):
+        named_by(["closed"])
+
+
+# When its entries began
+
+
+def written_on(day: int, count: int = 40) -> bytes:
+    traffic = Traffic(day, started_at_ms=START_MS + day * 86_400_000)
+    return b"".join(traffic.line() for _ in range(count))
+
+
+@pytest.mark.parametrize("form", ["plain", "gzip"])
+def test_the_times_of_a_file_are_those_of_all_that_was_seen(tmp_path: Path, form: str) -> None:
+    """Content that was put together in another order than that of time can't be judged by its ends."""
+
+    def seen_in(*days: int) -> tuple[int, int, bool]:
+        (tmp_path / "file").write_bytes(packed(b"".join(written_on(day, 900) for day in days), form))
+        seen = survey(str(tmp_path / "file"), nothing_known)
+        assert seen.first_at is not None and seen.last_at is not None
+        first, last = (int((at - START_MS / 1000) // 86400) for at in (seen.first_at, seen.last_at))
+        return first, last, seen.in_order
+
+    assert seen_in(0, 3, 9) == (0, 9, True)
+    assert seen_in(3, 0, 9) == (0, 9, False)
+    assert seen_in(0, 9, 3) == (0, 9, False)
+
+
+@pytest.mark.parametrize("form", ["plain", "zstd"])
+def test_how_old_what_stands_behind_a_record_is(tmp_path: Path, form: str) -> None:
+    old, young = written_on(0), written_on(50)
+    (tmp_path / "file").write_bytes(packed(old + young, form))
+    known = StoredFile(1, "x", None, None, Sample.of(old[: old.index(b"\n") + 1]), Sample.of(old[-256:]), len(old))
+    seen = survey(str(tmp_path / "file"), lambda heads, place: [known])
+    assert seen.records == (known,)
+    assert abs((seen.first_from(0) or 0) - START_MS / 1000) < 60
+    assert abs((seen.first_from(len(old)) or 0) - START_MS / 1000 - 50 * 86400) < 60
+
+
+def test_the_last_entry_of_a_corrupt_file_is_the_last_that_is_sent(tmp_path: Path) -> None:
+    """(case 29)"""
+    data = b"".join(written_on(day, 100) for day in range(6))
+    compressed = bytearray(gzip.compress(data, 1))
+    compressed[len(compressed) // 2] ^= 0xFF
+    (tmp_path / "file.gz").write_bytes(bytes(compressed))
+    seen = survey(str(tmp_path / "file.gz"), nothing_known)
+    last_sent = max(times_in(data[: seen.lines_end]))
+    assert seen.damage is not None and seen.last_at == last_sent
+    assert last_sent > START_MS / 1000 + 86400

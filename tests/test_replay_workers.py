@@ -15,7 +15,7 @@ from metershipper.metering import Metering, Subject
 from metershipper.records import Sample
 from metershipper.replay_reading import BatchLimits, Changed, Reading, Task
 from metershipper.replay_survey import survey
-from metershipper.replay_workers import Message, Spans, Worker, WorkerDied
+from metershipper.replay_workers import _READ_AHEAD_BYTES, Message, Spans, Worker, WorkerDied
 from metershipper.scope import Scope
 from metershipper.traffic import Traffic
 
@@ -132,6 +132,30 @@ def test_a_process_that_is_stopped_ends_with_what_it_began(tmp_path: Path) -> No
     asyncio.run(work())
 
 
+def test_a_process_that_waits_for_its_messages_to_be_taken_is_ended_at_once(tmp_path: Path) -> None:
+    """As when the endpoint is down: its pipe is full, and so is what is held of it here."""
+    write(tmp_path / "file.log", 6000)
+
+    async def work() -> None:
+        async with Worker(METERING, LIMITS) as worker:
+            messages = worker.messages(task_for(tmp_path / "file.log"))
+            await anext(messages)
+            while len(worker._process.stdout._buffer) <= 2 * _READ_AHEAD_BYTES:  # type: ignore[union-attr]  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(work(), 10))
+
+
+def test_after_a_stop_only_what_earlier_spans_wait_for_is_taken() -> None:
+    first, second, third = (Span(1, end, b"", Books(), [], 2) for end in (100, 200, 300))
+    spans = Spans()
+    assert spans.take(Message([first])) == [] and spans.waits
+    (batch,) = spans.take_rest(Message([second], [(b'[{"id":1},{"id":2},{"id":3}]', 3, [(100, 2), (200, 1)])]))
+    assert (batch.body, batch.events, batch.shares) == (b'[{"id":1},{"id":2}]', 2, [(first, 2)])
+    assert spans.take_rest(Message([third], [(b'[{"id":4},{"id":5}]', 2, [(200, 1), (300, 1)])])) == []
+    assert not spans.waits
+
+
 def test_batches_find_the_spans_of_earlier_messages() -> None:
     first, second = (Span(1, end, b"", Books(), [], 10) for end in (100, 200))
     spans = Spans()
@@ -160,3 +184,19 @@ def test_a_block_is_cut_where_an_earlier_replay_ended(tmp_path: Path) -> None:
     acme = made_here(task_for(path, scope=Scope(subject="acme")))[1]
     assert set(acme) & set(ids) and len(set(ids)) == len(ids)
     assert Sample.of(spans[0].tail) == Sample.of((bad + data)[: half + len(bad)][-256:])
+
+
+def test_of_a_block_that_turns_out_to_be_torn_nothing_is_sent(tmp_path: Path) -> None:
+    """What an event waits for must be known: not one line of such a block is taken."""
+    path = tmp_path / "file"
+    lines = write(path, 20).splitlines(keepends=True)
+    path.write_bytes(b"".join(lines)[:-1])
+    half = len(b"".join(lines[:10]))
+    task = task_for(path, passed=((0, half, Scope(subject="acme")),))
+    path.write_bytes(b"".join([*lines[:-1], lines[-1][:-1], b" more\n"]))
+    with Reading(task, Mapper(METERING), LIMITS) as reading:
+        block = reading.next_block()
+        assert block is not None
+        with pytest.raises(Changed):
+            reading.take(block)
+        assert reading.rest() == []

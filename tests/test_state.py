@@ -24,7 +24,7 @@ from metershipper.files import FileSet
 from metershipper.ledger import Settled
 from metershipper.records import NewFile, Sample
 from metershipper.schema import SCHEMA_VERSION
-from metershipper.state import LOCK_NAME, StateLock, holder_of, make_private_directory
+from metershipper.state import LOCK_NAME, REPLAY_LOCK_NAME, StateLock, holder_of, make_private_directory
 from metershipper.traffic import Traffic
 from tests.integration.support import FaultyEndpoint, Site, append, expected_ids, stop
 from tests.test_checkpoint import database, settled
@@ -140,6 +140,12 @@ def test_a_second_process_is_refused_and_told_who_holds_the_state(directory: Pat
         assert holder_of(directory) == os.getpid()
     assert holder_of(directory) is None
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_replay_that_holds_it_is_told_to_be_one_that_ends(directory: Path) -> None:
+    told = f"process {os.getpid()} is replaying .* will come to its end"
+    with StateLock(directory, REPLAY_LOCK_NAME), StateLock(directory), pytest.raises(StateInUse, match=told):
+        StateLock(directory).__enter__()
 
 
 def test_a_kill_leaves_no_stale_lock(directory: Path) -> None:

@@ -3,6 +3,7 @@
 Real files, real processes, real HTTP over loopback. Numbers are those of the cases.
 """
 
+import asyncio
 import gzip
 import json
 import os
@@ -10,9 +11,13 @@ import random
 import re
 import shutil
 import signal
+import sqlite3
+import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from subprocess import Popen
@@ -22,6 +27,13 @@ import pytest
 import zstandard
 
 from metershipper.books import Books, Count
+from metershipper.config import Config, load_config
+from metershipper.replay import Replay
+from metershipper.replay_command import deliver, look_around
+from metershipper.replay_plan import Plan
+from metershipper.replay_report import result_as_dict
+from metershipper.replay_state import ReplayState
+from metershipper.scope import Scope
 from metershipper.traffic import Traffic
 from tests.integration.support import (
     FaultyEndpoint,
@@ -256,13 +268,13 @@ def test_a_damaged_archive_ships_what_unpacks_and_resumes_when_mended(tmp_path: 
         document = replay(site, path, "--yes", code=3)
         assert outcomes(document) == ["damaged"]
         (remark,) = document["result"]["remarks"]
-        assert str(path) in remark and "does not unpack behind byte" in remark
+        assert f"{path}: damaged (" in remark and "from byte " in remark
         corrupt, at = bytearray(packed), len(packed) * 5 // 6
         corrupt[at : at + 64] = bytes(64)
         path.write_bytes(bytes(corrupt))
         assert outcomes(replay(site, path, "--yes", code=3)) == ["damaged"]
         path.write_bytes(packed)
-        assert findings(replay(site, path, "--yes")) == ["partly delivered"]
+        assert findings(replay(site, path)) == ["partly delivered"]  # the rest of what was begun: nobody is asked
         assert_exact(endpoint, lines)
         assert site.books()[Count.LINES] == 600
 
@@ -313,6 +325,67 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_resumes(tmp_path: Path, worke
         assert_balanced(site.books(), 4000)
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_a_stop_ends_also_while_the_endpoint_is_down_and_processes_wait(tmp_path: Path, *, force: bool) -> None:
+    """Case 65: their pipes are full then. The grace is what a first signal takes, a second one ends it at once."""
+    (tmp_path / "old.log").write_bytes(b"".join(lines_of(1, 6000)))
+    site = Site(tmp_path, "http://127.0.0.1:9/api/v1/events")
+
+    async def stopped(replay: Replay) -> float:
+        running = asyncio.create_task(replay.run())
+        entries = -1
+        while entries < replay.tally.entries or not entries:  # until the pipes are full
+            entries = replay.tally.entries
+            await asyncio.sleep(0.5)
+        assert entries < 6000
+        began = time.monotonic()
+        (replay.stop_now if force else replay.stop)()
+        await asyncio.wait_for(running, 10)
+        assert replay.was_stopped
+        return time.monotonic() - began
+
+    with planned(site, tmp_path / "old.log") as (config, state, plan):
+        replay = Replay(config, site.url, state, plan, workers=2, grace_seconds=60.0 if force else 0.2)
+        assert asyncio.run(asyncio.wait_for(stopped(replay), 30)) < 5
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_after_a_stop_the_limit_holds_and_only_what_is_in_flight_is_sent(tmp_path: Path, workers: int) -> None:
+    """However far the processes are ahead; and nothing of it is sent twice by the same command."""
+    lines = lines_of(1, 4000)
+    (tmp_path / "old.log").write_bytes(b"".join(lines))
+    with FaultyEndpoint() as endpoint:
+        site = Site(tmp_path, endpoint.url)
+
+        async def sent_after_stop(replay: Replay) -> tuple[int, float]:
+            running = asyncio.create_task(replay.run())
+            while replay.tally.acknowledged < 200 and not running.done():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.3)  # for the processes to be ahead
+            before, began = replay.tally.acknowledged, time.monotonic()
+            replay.stop()
+            await asyncio.wait_for(running, 20)
+            return replay.tally.acknowledged - before, time.monotonic() - began
+
+        with planned(site, tmp_path / "old.log") as (config, state, plan):
+            done = Replay(config, site.url, state, plan, workers=workers, events_per_second=500)
+            events, seconds = asyncio.run(asyncio.wait_for(sent_after_stop(done), 30))
+            assert done.was_stopped
+            batches = config.openmeter.batch.max_events * (2 * config.openmeter.max_in_flight + 1)
+            assert events <= 500 * seconds + batches and seconds < 7
+        replay(site, tmp_path / "old.log")
+        assert_exact(endpoint, lines)
+        assert_balanced(site.books(), 4000)
+
+
+@contextmanager
+def planned(site: Site, path: Path) -> Iterator[tuple[Config, ReplayState, Plan]]:
+    """What a replay within this process needs."""
+    config = load_config(site.config)
+    with ReplayState(site.state) as state:
+        yield config, state, look_around(config, state, [str(path)], Scope())
+
+
 def test_a_dry_run_sends_nothing_and_changes_nothing(tmp_path: Path) -> None:
     """Case 65: totals per type, subject, model and day, of what is not delivered yet; also before there is a state."""
     lines = lines_of(1, 200)
@@ -357,6 +430,35 @@ def test_what_could_be_billed_twice_is_not_sent_without_being_asked(tmp_path: Pa
         assert "invoices may be closed" in " ".join(warned["plan"]["warnings"])
         assert_exact(endpoint, old + young)
         replay(site, *paths)  # delivered by us: nobody is asked
+        # Behind what was delivered whole stands what nobody here knows.
+        (tmp_path / "both.log").write_bytes(b"".join([*old, *lines_of(3, 50, days_ago=50)]))
+        asked = site.command("replay", str(tmp_path / "both.log"))
+        assert asked.returncode == 2 and "with content that is not known here" in asked.stderr
+        assert "partly delivered" in asked.stdout
+        (tmp_path / "both.log").write_bytes(b"".join([*young, *(later := lines_of(4, 50, days_ago=1))]))
+        replay(site, tmp_path / "both.log")  # what is younger the server knows
+        assert_exact(endpoint, old + young + later)
+
+
+def test_a_state_that_can_not_be_written_is_told_with_what_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit 1, and the same document as always: the files, what was recorded of them, and why it ended."""
+    (tmp_path / "old.log").write_bytes(b"".join(lines_of(1, 50)))
+
+    def commit(*_: Any) -> None:
+        raise sqlite3.DatabaseError("disk I/O error")
+
+    with FaultyEndpoint() as endpoint:
+        site = Site(tmp_path, endpoint.url)
+        with planned(site, tmp_path / "old.log") as (config, state, plan):
+            monkeypatch.setattr(state, "commit", commit)
+            options: dict[str, Any] = {"workers": 1, "events_per_second": None, "grace_seconds": 5.0}
+            done = deliver(config, "", state, plan, **options, watch=lambda _: nullcontext())
+            result = result_as_dict(done, state)
+        assert result["failure"] == "disk I/O error" and result["exit_code"] == 1
+        assert [file["outcome"] for file in result["files"]] == ["interrupted"]
+        assert result["books"]["lines"] == result["files"][0]["books"]["lines"] == 0
 
 
 def test_a_worker_that_is_killed_is_told_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -368,13 +470,17 @@ def test_a_worker_that_is_killed_is_told_and_nothing_is_lost(tmp_path: Path) -> 
     words = (*map(str, paths), "--workers", "2", "--limit-events-per-second", "4000")
     with FaultyEndpoint() as endpoint:
         site = Site(tmp_path, endpoint.url, environment=unmeasured())
-        with site.replaying(*words) as process:
+        with site.replaying(*words, "--json") as process:
             wait_for_requests(endpoint, 2, site, process)
             children = children_of(process.pid)
             assert len(children) == 2
             os.kill(children[0], signal.SIGKILL)
             assert process.wait(60) == 1, site.errors.read_text()[-3000:]
-        assert "SIGKILL: perhaps out of memory" in site.errors.read_text()
+        told = site.errors.read_text()
+        assert "SIGKILL: perhaps out of memory" in told.splitlines()[-1]
+        document, _ = json.JSONDecoder().raw_decode(told, told.index('{\n  "plan"'))
+        assert "SIGKILL" in document["result"]["failure"] and document["result"]["exit_code"] == 1
+        assert "interrupted" in outcomes(document) and document["result"]["books"]["lines"] == site.books()[Count.LINES]
         wait_until(lambda: not any(map(is_alive, children)))
         with site.replaying(*words) as process:
             wait_for_requests(endpoint, endpoint.requests + 10, site, process)
@@ -443,8 +549,73 @@ def test_on_a_terminal_it_asks_and_shows_how_far_it_is(tmp_path: Path) -> None:
         assert_exact(endpoint, lines)
 
 
-def on_a_terminal(site: Site, answer: bytes, *words: str) -> tuple[int, str]:
-    """A replay on a terminal of its own; what it showed there."""
+@pytest.mark.parametrize("answer", [b"n\n", b"\x03", b"\x04"])
+def test_whoever_does_not_say_yes_says_no(tmp_path: Path, answer: bytes) -> None:
+    """Ctrl-C and Ctrl-D at the question are a no; and with `--json` it stands below the plan, too."""
+    (tmp_path / "old.log").write_bytes(b"".join(lines_of(1, 20, days_ago=90)))
+    site = Site(tmp_path, "http://127.0.0.1:9/api/v1/events")
+    code, shown = on_a_terminal(site, answer, str(tmp_path / "old.log"), "--json", asked=b"shall they be sent?")
+    assert code == 2 and "metershipper: nothing was sent" in shown and "Aborted" not in shown
+    plan, _, rest = shown.partition("shall they be sent?")
+    assert "old.log" in plan and "to send: " in plan
+    assert '"asked": "' in rest
+
+
+def test_what_is_refused_without_yes_is_a_document_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "old.log").write_bytes(b"".join(lines_of(1, 20, days_ago=90)))
+    document = replay(Site(tmp_path, "http://127.0.0.1:9/api/v1/events"), tmp_path / "old.log", code=2)
+    assert findings(document) == ["new"] and document["result"] is None
+    assert "older than 32 days" in document["asked"] and document["asked"].endswith("shall they be sent?")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_output_that_nobody_reads_does_not_stop_what_was_agreed_to(tmp_path: Path, *, as_json: bool) -> None:
+    """`replay --yes ... | head -n 1`: delivered, and said so; without `--yes` nothing is sent, and that is said."""
+    lines, words = lines_of(1, 50, days_ago=90), (["--json"] if as_json else [])
+    (tmp_path / "old.log").write_bytes(b"".join(lines))
+    with FaultyEndpoint() as endpoint:
+        site = Site(tmp_path, endpoint.url)
+        if not as_json:
+            code, errors = to_a_closed_pipe(site, str(tmp_path / "old.log"))
+            assert code == 1 and "can't be written: Broken pipe; nothing was sent" in errors
+        code, errors = to_a_closed_pipe(site, str(tmp_path / "old.log"), "--yes", *words)
+        assert code == 0, errors
+        assert "can't be written: Broken pipe" in errors and "metershipper status" in errors
+        assert "Traceback" not in errors and "Exception ignored" not in errors
+        assert_exact(endpoint, lines)
+
+
+@pytest.mark.parametrize("words", [("--yes",), ("--dry-run",), ("--yes", "--json")])
+def test_output_that_can_not_be_written_is_told_in_one_line(tmp_path: Path, words: tuple[str, ...]) -> None:
+    lines = lines_of(1, 50)
+    (tmp_path / "old.log").write_bytes(b"".join(lines))
+    with FaultyEndpoint() as endpoint, open("/dev/full", "wb") as full:
+        site = Site(tmp_path, endpoint.url)
+        code, errors = replay_to(full.fileno(), site, str(tmp_path / "old.log"), *words)
+        assert code == 1
+        (told,) = [line for line in errors.splitlines() if not line.startswith("{")]
+        assert told.startswith("metershipper: standard output can't be written: No space left on device; ")
+        assert told.endswith("nothing was sent") == (not endpoint.requests) == ("--json" not in words)
+
+
+def to_a_closed_pipe(site: Site, *words: str) -> tuple[int, str]:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    try:
+        return replay_to(theirs, site, *words)
+    finally:
+        os.close(theirs)
+
+
+def replay_to(output: int, site: Site, *words: str) -> tuple[int, str]:
+    """A replay that prints there: its exit code, and what it said on standard error."""
+    command = [sys.executable, "-m", "metershipper", "replay", "-c", str(site.config), *words]
+    done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    return done.returncode, done.stderr
+
+
+def on_a_terminal(site: Site, answer: bytes, *words: str, asked: bytes = b"") -> tuple[int, str]:
+    """A replay on a terminal of its own; what it showed there. `asked`: what the answer waits for."""
     ours, theirs = os.openpty()
     os.set_blocking(ours, True)
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "150"}
@@ -452,8 +623,14 @@ def on_a_terminal(site: Site, answer: bytes, *words: str) -> tuple[int, str]:
     shown = b""
     with Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
         os.close(theirs)
-        os.write(ours, answer)
         try:
+            while asked not in shown:
+                shown += os.read(ours, 65536)
+            time.sleep(0.1 if asked else 0)  # until it reads
+            if answer == b"\x03":
+                process.send_signal(signal.SIGINT)  # it has no terminal that would
+            else:
+                os.write(ours, answer)
             while data := os.read(ours, 65536):
                 shown += data
         except OSError:
