@@ -24,10 +24,11 @@ from metershipper.errors import MeterShipperError, UsageError
 from metershipper.events import LLM_REQUEST, UsageEvent
 from metershipper.mapper import Mapper
 from metershipper.replay import Replay, task_of
+from metershipper.replay_paths import Named, named_by
 from metershipper.replay_plan import Plan, decide, make_plan
 from metershipper.replay_reading import BatchLimits, Changed, Reading, Task
 from metershipper.replay_state import ReplayState
-from metershipper.replay_survey import Named, Survey, named_by, survey
+from metershipper.replay_survey import Survey, survey
 from metershipper.scope import Scope
 
 log = logging.getLogger("metershipper.replay")

@@ -12,7 +12,8 @@ from datetime import UTC, datetime
 from enum import StrEnum
 
 from metershipper.records import Sample, StoredFile
-from metershipper.replay_survey import DISORDER_SECONDS, Named, Survey
+from metershipper.replay_paths import Named
+from metershipper.replay_survey import DISORDER_SECONDS, Survey
 from metershipper.scope import Scope
 
 # A file that was written to this short a while ago may be in the middle of a line.

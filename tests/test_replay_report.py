@@ -10,9 +10,9 @@ from metershipper import replay_report
 from metershipper.books import Books, Count
 from metershipper.replay_command import Estimate, Line, Totals
 from metershipper.replay_outcome import FileResult, Outcome, Tally, tell_copies
+from metershipper.replay_paths import Named
 from metershipper.replay_plan import Plan, PlannedFile, decide, make_plan
 from metershipper.replay_report import plan_as_dict, result_as_dict, show_plan, show_result, show_totals
-from metershipper.replay_survey import Named
 from metershipper.scope import Scope
 from tests.test_replay_plan import DAY, NOW, survey_of
 

@@ -11,7 +11,8 @@ import zstandard
 from metershipper.content import open_content
 from metershipper.errors import UsageError
 from metershipper.records import Sample, StoredFile
-from metershipper.replay_survey import heads_of, named_by, survey, times_in
+from metershipper.replay_paths import named_by
+from metershipper.replay_survey import heads_of, survey, times_in
 from metershipper.traffic import Traffic
 
 START_MS = 1_790_000_000_000
