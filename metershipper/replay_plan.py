@@ -277,7 +277,8 @@ def _warnings(plan: Plan, now: float) -> list[str]:
     if earlier := [file for file in with_entries if max(file.survey.first_at or 0.0, since) < month]:
         found.append(
             f"{so_many_files(len(earlier))} with usage from before {_day(month)}, whose invoices may be closed: "
-            "OpenMeter takes into an invoice what is stored up to an hour after its period"
+            "OpenMeter takes into an invoice what is stored up to an hour after its period, and bills nobody for usage "
+            "from before a customer's subscription, or before a meter's `eventFrom`"
         )
     if left := [file for file in plan.files if file.decision.left_to_run_bytes]:
         whose = "" if plan.run_process_id is None else f" (process {plan.run_process_id})"

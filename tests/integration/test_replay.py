@@ -428,6 +428,7 @@ def test_what_could_be_billed_twice_is_not_sent_without_being_asked(tmp_path: Pa
         assert_exact(endpoint, young)
         warned = replay(site, *paths, "--yes")
         assert "invoices may be closed" in " ".join(warned["plan"]["warnings"])
+        assert "from before a customer's subscription" in " ".join(warned["plan"]["warnings"])
         assert_exact(endpoint, old + young)
         replay(site, *paths)  # delivered by us: nobody is asked
         # Behind what was delivered whole stands what nobody here knows.
