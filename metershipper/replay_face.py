@@ -76,12 +76,8 @@ def replay_paths(
                 plan = look_around(config, state, paths, scope, on_start=on_start, on_bytes=on_bytes)
             told = estimate(config, plan)
             document = {"plan": plan_as_dict(plan, told)}
-            if not as_json and (lost := _put(lambda: show_plan(plan, told))) is not None:
-                # Sending does not depend on who reads about it, but only `--yes` says so before a plan was seen. And on
-                # a full disk nothing is begun: the state may be on it, too.
-                if dry_run or not yes or not isinstance(lost, BrokenPipeError):
-                    raise OutputLost(f"{_NOT_WRITTEN}: {lost.strerror}; nothing was sent")
-                _say(f"{_NOT_WRITTEN}: {lost.strerror}; goes on, because of --yes; {_STATUS}")
+            if not as_json:
+                _show_plan(plan, told, is_agreed_to=yes and not dry_run)
             if dry_run:
                 return _dry(config, state, plan, document, as_json=as_json)
             try:
@@ -113,6 +109,18 @@ def replay_paths(
     except KeyboardInterrupt:
         click.echo("metershipper: interrupted; the same command goes on where this one was", err=True)
         return _INTERRUPTED
+
+
+def _show_plan(plan: Plan, told: Estimate | None, *, is_agreed_to: bool) -> None:
+    """Print the plan. Raises: OutputLost where it can't be, and nobody agreed to it unseen."""
+    lost = _put(lambda: show_plan(plan, told))
+    if lost is None:
+        return
+    # Sending does not depend on who reads about it, but only `--yes` says so before a plan was seen. And on a full disk
+    # nothing is begun: the state may be on it, too.
+    if not is_agreed_to or not isinstance(lost, BrokenPipeError):
+        raise OutputLost(f"{_NOT_WRITTEN}: {lost.strerror}; nothing was sent")
+    _say(f"{_NOT_WRITTEN}: {lost.strerror}; goes on, because of --yes; {_STATUS}")
 
 
 def _dry(config: Config, state: ReplayState, plan: Plan, document: dict[str, Any], *, as_json: bool) -> int:
