@@ -42,9 +42,13 @@ class Body:
         if self._splitter is None:
             before = self.held_bytes - len(piece)
             self._pieces.append(piece)
-            if not before <= WHOLE_BYTES < self.held_bytes or not _beginning(b"".join(self._pieces)).startswith(b"["):
+            if not before <= WHOLE_BYTES < self.held_bytes:
                 return []
-            piece, self._pieces, self._splitter = b"".join(self._pieces), [], _ArraySplitter()
+            piece = b"".join(self._pieces)
+            self._pieces = [piece]
+            if not _beginning(piece).startswith(b"["):
+                return []
+            self._pieces, self._splitter = [], _ArraySplitter()
         items = self._splitter.add(piece)
         self.held_bytes = self._splitter.held_bytes
         return _lines(items)

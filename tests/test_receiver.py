@@ -11,7 +11,6 @@ import logging
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from metershipper.config import HttpLog
 from metershipper.errors import ConfigError
 from metershipper.receiver import Memory, Receiver
 from metershipper.spool import NoRoom, Stored
+from tests.integration.support import Answer
 
 PATIENCE_SECONDS = 10.0
 USER_AGENT = "lua-resty-http/0.17.1 (Lua) ngx_lua/10026"
@@ -32,13 +32,6 @@ TOKEN = "s3cr3t"
 ENTRY = b'{"request":{"id":"1","uri":"/"},"started_at":1700000000000}'
 OTHER = b'{"request":{"id":"2","uri":"/"},"started_at":1700000000001}'
 BOTH = b"[" + ENTRY + b"," + OTHER + b"]"
-
-
-@dataclass(frozen=True)
-class Answer:
-    status: int
-    headers: dict[str, str]
-    body: bytes
 
 
 class Client:
